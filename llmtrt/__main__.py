@@ -1,0 +1,3 @@
+from llmtrt.cli.main import script
+
+script()

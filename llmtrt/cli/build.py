@@ -1,0 +1,72 @@
+"""Build a TensorRT engine from a package.
+
+With TensorRT-RTX this needs no GPU: the plan is built ahead of time and its kernels are compiled where it first runs.
+"""
+
+import argparse
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", metavar="PACKAGE")
+    parser.add_argument("-o", "--output", required=True, metavar="ENGINE", help="the folder to make")
+    parser.add_argument("--flavor", choices=("auto", "rtx", "tensorrt"), default="auto")
+    parser.add_argument("--max-batch", type=int, default=1, metavar="N", help="most sequences at once (default 1)")
+    parser.add_argument("--max-seq", type=int, metavar="N", help="context in tokens (default: the package's)")
+    parser.add_argument(
+        "--chunk", type=int, default=512, metavar="N", help="most tokens of one prefill step (default 512)"
+    )
+    parser.add_argument(
+        "--compute-capability",
+        action="append",
+        default=[],
+        metavar="X.Y",
+        help="a GPU to build for, such as 8.9; may be repeated (default: the flavor's own choice)",
+    )
+    parser.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
+    parser.add_argument("--strip", action="store_true", help="leave the weights in the package (needs a GPU)")
+    parser.add_argument("--refit", action="store_true", help="a plan that takes other weights later (needs a GPU)")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not compare the package's files with their SHA-256"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was built as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    import json
+
+    from llmtrt import build, progress
+
+    with progress.shown("building") as report:
+        built = build(
+            options.package,
+            options.output,
+            options.flavor,
+            max_batch=options.max_batch,
+            max_seq=options.max_seq,
+            chunk=options.chunk,
+            compute_capabilities=tuple(options.compute_capability),
+            weight_streaming=options.weight_streaming,
+            strip=options.strip,
+            refit=options.refit,
+            verify=not options.no_verify,
+            report=report,
+        )
+    engine = built.engine
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "engine": options.output,
+                    "seconds": round(built.seconds, 2),
+                    "peak_host_bytes": built.peak_host_bytes,
+                    "manifest": engine.manifest,
+                }
+            )
+        )
+        return
+    lowered = f", lowered: {', '.join(engine.manifest['lowerings'])}" if engine.manifest["lowerings"] else ""
+    print(
+        f"{options.output}: TensorRT {engine.flavor} {engine.flavor_version}, plan of "
+        f"{engine.manifest['files'][engine.plan.name]['bytes'] / 1e6:.1f} MB, up to {engine.max_batch} sequences of "
+        f"{engine.max_seq} tokens, built in {built.seconds:.0f} s{lowered}"
+    )

@@ -1,0 +1,49 @@
+"""Measure perplexity on a text, through the runtime that generates.
+
+Windows of --context tokens without overlap, each predicting all its tokens but the first.
+"""
+
+import argparse
+
+from llmtrt.cli.model_options import add_model, load
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, accuracy_level=1)
+    parser.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text")
+    parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a window (default 1024)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="only the text's first N tokens")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    import json
+    from pathlib import Path
+
+    from llmtrt import progress
+    from llmtrt.errors import UserError
+    from llmtrt.evaluate.perplexity import perplexity
+
+    try:
+        text = Path(options.text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {options.text}: expected a readable UTF-8 text ({error})") from None
+    with load(options) as llm:
+        with progress.shown("evaluating") as report:
+            result = perplexity(llm, text, options.context, options.tokens, report)
+        if options.json:
+            print(
+                json.dumps(
+                    result
+                    | {
+                        "runtime": llm.runtime,
+                        "text": Path(options.text).name,
+                        "accuracy_level": options.accuracy_level,
+                    }
+                )
+            )
+        else:
+            print(
+                f"perplexity {result['perplexity']:.3f} over {result['tokens']} tokens, context {result['context']}, "
+                f"{llm.runtime}"
+            )

@@ -1,0 +1,97 @@
+"""Show what a package or an engine holds."""
+
+import argparse
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="PACKAGE|ENGINE")
+    parser.add_argument("--layers", action="store_true", help="also every matrix, its form and its error")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+
+
+def run(options: argparse.Namespace) -> None:
+    import json
+    from pathlib import Path
+
+    from llmtrt.package import is_package, open_package
+
+    path, verify = Path(options.model), not options.no_verify
+    if is_package(path):
+        opened = open_package(path, verify)
+    elif path.is_dir():
+        from llmtrt.engine.manifest import is_engine, open_engine
+
+        opened = open_engine(path, verify) if is_engine(path) else open_package(path, verify)
+    else:
+        opened = open_package(path, verify)
+    if options.json:
+        print(json.dumps(opened.manifest))
+        return
+    rows = dict(_rows(opened.manifest))
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    if options.layers:
+        for name, tensor in opened.manifest.get("quantization", {}).get("tensors", {}).items():
+            block = f" in blocks of {tensor['block']}" if "block" in tensor else ""
+            error = f", relative error {tensor['error']}" if "error" in tensor else ""
+            print(f"  {name}  {tensor['form']}{block} {tensor['shape']}{error}")
+
+
+def _rows(manifest: dict):
+    spec, files = manifest["model"], manifest["files"]
+    yield "format", f"{manifest['format']} {manifest['format_version']}, by {manifest.get('producer', 'unknown')}"
+    yield (
+        "model",
+        (
+            f"{spec['family']}, {spec['layers']} layers, {spec['kv_heads']} KV heads of {spec['head_dim']}, "
+            f"vocabulary {spec['vocab_size']}, up to {spec['max_seq']} tokens"
+        ),
+    )
+    if "flavor" in manifest:
+        yield from _engine_rows(manifest)
+    yield "types", f"{spec['dtype']}, KV cache {spec['kv_dtype']}"
+    if "quantization" in manifest:
+        report = manifest["quantization"]
+        yield "weights", f"{report['weights'] / 1e6:.1f} M at {report['bits_per_weight']} bits on average"
+        forms: dict[str, int] = {}
+        for tensor in report["tensors"].values():
+            forms[tensor["form"]] = forms.get(tensor["form"], 0) + 1
+        yield "matrices", ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+        if report["kept"]:
+            yield (
+                "not quantized",
+                "; ".join(f"{name} ({why})" for name, why in list(report["kept"].items())[:3])
+                + (f"; and {len(report['kept']) - 3} more" if len(report["kept"]) > 3 else ""),
+            )
+        yield (
+            "recipe",
+            ", ".join(f"{key} {value}" for key, value in manifest["recipe"].items() if value not in ((), [])),
+        )
+        yield "source", ", ".join(f"{key} {value}" for key, value in manifest["source"].items())
+    for note in spec["notes"]:
+        yield "note", note
+    yield "files", ", ".join(f"{name} {file['bytes'] / 1e6:.2f} MB" for name, file in files.items())
+
+
+def _engine_rows(manifest: dict):
+    flavor = manifest["flavor"]
+    targets = ", ".join(manifest["compute_capabilities"]) or "the flavor's own choice"
+    yield "flavor", f"TensorRT {flavor['name']} {flavor['version']}, compute capability: {targets}"
+    yield "flags", ", ".join(manifest["flags"]) or "none"
+    yield "lowerings", ", ".join(manifest["lowerings"]) or "none"
+    for profile in manifest["profiles"]:
+        shapes = {name: profile["shapes"][name] for name in ("input_ids", "logits_index", "kv_range")}
+        yield (
+            f"{profile['name']} profile",
+            ", ".join(f"{name} {low} … {high}" for name, (low, _, high) in shapes.items()),
+        )
+    yield (
+        "cache",
+        (
+            f"{manifest['max_batch']} sequences of {manifest['max_seq']} tokens, {manifest['capacity']} rows each: "
+            f"the rest takes a prefill chunk of {manifest['chunk']}"
+        ),
+    )
+    yield "package", f"{manifest['package']['path']}, manifest's SHA-256 {manifest['package']['sha256']}"

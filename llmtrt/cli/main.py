@@ -1,0 +1,46 @@
+"""`llmtrt VERB …`: parses, calls the verb, turns a UserError into one sentence and exit code 2."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from llmtrt import __version__
+from llmtrt.errors import UserError
+
+VERBS = ("quantize", "build", "generate", "chat", "eval", "inspect", "lint", "doctor")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, 1 for a finding (lint), 2 for whatever the user can mend, Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="llmtrt", description="A Hugging Face LLM as one standard ONNX graph, as a TensorRT engine, as text."
+    )
+    parser.add_argument("--version", action="version", version=f"llmtrt {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name in VERBS:
+        module = importlib.import_module(f"llmtrt.cli.{name}")
+        summary = module.__doc__.splitlines()[0]
+        sub = verbs.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.arguments(sub)
+        sub.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"llmtrt {options.verb}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"llmtrt {options.verb}: error: interrupted, nothing was left behind", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output left, as `| head` does; Python would complain when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def script() -> None:
+    """The installed command."""
+    sys.exit(main())

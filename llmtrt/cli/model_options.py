@@ -1,0 +1,66 @@
+"""The options of every verb that loads a model."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmtrt import LLM, SamplingParams
+
+
+def add_model(parser: argparse.ArgumentParser, accuracy_level: int = 4) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a package or an engine")
+    parser.add_argument(
+        "--runtime",
+        choices=("auto", "onnxruntime", "tensorrt"),
+        default="auto",
+        help="auto: an engine runs on TensorRT, or its package on ONNX Runtime where there is no GPU for it",
+    )
+    parser.add_argument("--max-seq", type=int, metavar="N", help="context in tokens (default: the model's own)")
+    parser.add_argument("--threads", type=int, metavar="N", help="ONNX Runtime's threads (default: one a core)")
+    parser.add_argument(
+        "--accuracy-level",
+        type=int,
+        choices=range(5),
+        default=accuracy_level,
+        help="ONNX Runtime's INT4 products: 1 is exact in fp32, 4 rounds activations to INT8 "
+        f"(default {accuracy_level})",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Each default is the model's own, from its generation_config.json."""
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate (default 256)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="a text that ends the answer; may be repeated")
+
+
+def load(options: argparse.Namespace) -> "LLM":
+    """The model of ``options``; what it fell back to, if it did, is told on stderr."""
+    import sys
+
+    from llmtrt import LLM
+
+    llm = LLM(
+        options.model,
+        runtime=options.runtime,
+        max_seq=options.max_seq,
+        threads=options.threads,
+        accuracy_level=options.accuracy_level,
+        verify=not options.no_verify,
+    )
+    if llm.notice:
+        print(f"note: {llm.notice}", file=sys.stderr)
+    return llm
+
+
+def sampling(llm: "LLM", options: argparse.Namespace, **more) -> "SamplingParams":
+    """The model's defaults with what was asked for."""
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return llm.params(**asked | more)

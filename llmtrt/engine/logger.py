@@ -1,0 +1,46 @@
+"""TensorRT's messages, kept so that a failure can say why in one sentence."""
+
+import re
+from typing import Any
+
+from llmtrt.engine.flavor import Flavor
+
+_KEPT = 50
+_LONGEST = 400
+# What the driver-less machine of an ahead-of-time build adds to every error, and C++ places that help nobody.
+_NOISE = re.compile(r"catchCudaError|getCurrentCC")
+_PLACE = re.compile(r"\s*\(?\bIn \w+ at /\S+?:\d+\)?|\[\w+\.\w+:+[^\]]*\]\s*|I\w+::\w+: Error Code \d+: ")
+
+
+def make_logger(flavor: Flavor) -> Any:
+    """An ILogger of the flavor with ``reason() -> str``: the first error since ``clear()``, or an empty string.
+
+    It prints nothing. TensorRT may call it from any thread and keeps no reference of its own: hold it as long as what
+    was made with it.
+    """
+    trt = flavor.module
+
+    class Logger(trt.ILogger):
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity, message):
+            if severity <= trt.ILogger.Severity.ERROR and len(self.errors) < _KEPT:
+                self.errors.append(message)
+
+        def reason(self) -> str:
+            texts = [error for error in self.errors if not _NOISE.search(error)] or self.errors
+            return sentence(texts[0]) if texts else ""
+
+        def clear(self) -> None:
+            self.errors.clear()
+
+    return Logger()
+
+
+def sentence(message: str) -> str:
+    """One line of a message of TensorRT, without the places in its source."""
+    lines = [line for line in message.splitlines() if line.strip() and not _NOISE.search(line)]
+    text = " ".join(_PLACE.sub("", " ".join(lines)).split())
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"

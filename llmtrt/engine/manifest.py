@@ -1,0 +1,147 @@
+"""The engine: the folder that `llmtrt build` writes, bound to one TensorRT flavor and version.
+
+engine.plan  tokenizer.json  tokenizer_config.json  chat_template.jinja  manifest.json
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrt import files
+from llmtrt.errors import UserError
+from llmtrt.package import FORMAT as PACKAGE_FORMAT
+from llmtrt.package import MANIFEST, ModelSpec, read_kind
+
+FORMAT = "llmtrt-engine"
+FORMAT_VERSION = 1
+PLAN = "engine.plan"
+_SIZES = ("max_batch", "max_seq", "chunk", "capacity")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An opened engine. ``package_path`` is None where the package it came from is not found or is another by now."""
+
+    path: Path
+    spec: ModelSpec
+    generation: dict
+    manifest: dict
+    package_path: Path | None
+
+    @property
+    def plan(self) -> Path:
+        return self.path / PLAN
+
+    @property
+    def flavor(self) -> str:
+        return self.manifest["flavor"]["name"]
+
+    @property
+    def flavor_version(self) -> str:
+        return self.manifest["flavor"]["version"]
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """The targets that it was built for ("8.6"); empty: every GPU that the flavor supports by default."""
+        return tuple(self.manifest["compute_capabilities"])
+
+    @property
+    def profiles(self) -> list[dict]:
+        """The optimization profiles, decode first: name, and for each input [min, opt, max] shapes."""
+        return self.manifest["profiles"]
+
+    @property
+    def max_batch(self) -> int:
+        return self.manifest["max_batch"]
+
+    @property
+    def max_seq(self) -> int:
+        """The most tokens of one sequence."""
+        return self.manifest["max_seq"]
+
+    @property
+    def chunk(self) -> int:
+        """The most rows of one step."""
+        return self.manifest["chunk"]
+
+    @property
+    def capacity(self) -> int:
+        """The rows of the KV cache of one sequence."""
+        return self.manifest["capacity"]
+
+
+def is_engine(path: Path) -> bool:
+    """Whether ``path`` is a folder whose manifest says that it is an engine."""
+    return read_kind(path) == FORMAT
+
+
+def open_engine(path: str | Path, verify: bool = True) -> Engine:
+    """Reads the manifest of the engine in ``path`` and, with ``verify``, checks every file's SHA-256.
+
+    Raises UserError naming the file that is missing, corrupt or of another format version.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: expected an engine made by `llmtrt build`")
+    where = path / MANIFEST
+    manifest = files.read_json(where)
+    kind = manifest.get("format")
+    if kind == PACKAGE_FORMAT:
+        raise UserError(f"{path} is a package, not an engine: make one of it with `llmtrt build {path} -o ENGINE`")
+    if kind != FORMAT:
+        raise UserError(f"{where} is not an engine's manifest: expected format {FORMAT!r}, found {kind!r}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{where} has format version {manifest.get('format_version')!r}, this llmtrt reads {FORMAT_VERSION}: "
+            "make the engine anew with `llmtrt build`"
+        )
+    _check(manifest, where)
+    spec = ModelSpec.from_json(manifest.get("model"), where)
+    if verify:
+        files.verify_files(path, manifest["files"])
+    return Engine(path, spec, manifest["generation"], manifest, _find_package(path, manifest["package"]))
+
+
+def _check(manifest: dict, where: Path) -> None:
+    kinds = {
+        "files": dict,
+        "generation": dict,
+        "package": dict,
+        "flavor": dict,
+        "profiles": list,
+        "compute_capabilities": list,
+        "lowerings": list,
+        "flags": list,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            raise UserError(
+                f"{where}: {name!r} should be a JSON {'object' if kind is dict else 'array'}: "
+                "make the engine anew with `llmtrt build`"
+            )
+    for name in _SIZES:
+        value = manifest.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise UserError(f"{where}: {name} should be a positive integer, but is {value!r}")
+    if manifest["capacity"] < manifest["max_seq"] + manifest["chunk"]:
+        raise UserError(
+            f"{where}: capacity {manifest['capacity']} is less than max_seq {manifest['max_seq']} + chunk "
+            f"{manifest['chunk']}: make the engine anew with `llmtrt build`"
+        )
+    if PLAN not in manifest["files"]:
+        raise UserError(f"{where}: 'files' should list {PLAN}: make the engine anew with `llmtrt build`")
+    texts = [manifest["flavor"].get("name"), manifest["flavor"].get("version"), *manifest["compute_capabilities"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: flavor and compute_capabilities should hold names: make the engine anew")
+
+
+def _find_package(path: Path, package: dict) -> Path | None:
+    """The package's folder, if its manifest is the very one that the engine was built from."""
+    where = package.get("path")
+    if not isinstance(where, str) or "\0" in where:
+        return None
+    found = (path.resolve() / where).resolve()
+    try:
+        same = files.digest_file(found / MANIFEST)["sha256"] == package.get("sha256")
+    except OSError:
+        return None
+    return found if same else None

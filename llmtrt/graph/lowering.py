@@ -1,0 +1,46 @@
+"""Lowerings: another form of the canonical graph's mathematics, where a flavor builds only that or runs it faster."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a lowering may look at besides the model: ``flavor`` and ``capabilities`` of llmtrt.engine.flavor.Flavor,
+    and the ``capacity`` of the KV cache in rows per sequence."""
+
+    flavor: str
+    capabilities: frozenset[str]
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """``apply`` returns the other model; it may change the one it is given, which is ``lower``'s own copy, with the
+    types and shapes of all values that ONNX shape inference finds.
+
+    Network inputs and outputs keep their names, types and meaning, so that one session runs either form.
+    """
+
+    name: str  # as the engine's manifest names it
+    applies: Callable[[ir.Model, Target], bool]
+    apply: Callable[[ir.Model, Target], ir.Model]
+
+
+def lower(model: ir.Model, target: Target, lowerings: Sequence[Lowering] | None = None) -> tuple[ir.Model, list[str]]:
+    """A copy of ``model`` with every lowering that applies (of all, in their order), and the names of those.
+
+    ``model`` itself stays as it is; weights are shared, not copied.
+    """
+    if lowerings is None:
+        from llmtrt.graph.lowerings import LOWERINGS as lowerings
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    model, names = ShapeInferencePass()(model.clone()).model, []
+    for lowering in lowerings:
+        if lowering.applies(model, target):
+            model = lowering.apply(model, target)
+            names.append(lowering.name)
+    return model, names

@@ -1,0 +1,5 @@
+"""Every lowering, in the order in which they apply."""
+
+from llmtrt.graph.lowerings import decomposed_attention, static_capacity
+
+LOWERINGS = (static_capacity.LOWERING, decomposed_attention.LOWERING)

@@ -1,0 +1,24 @@
+"""Integers to bytes: INT4 as ONNX stores it, and tables whose rows can be gathered."""
+
+import numpy as np
+
+
+def pack_int4(q: np.ndarray) -> np.ndarray:
+    """int8 values −8…7 → uint8, two to a byte over the flattened array, the first in the low half (ONNX TensorProto)."""
+    flat = q.reshape(-1).view(np.uint8) & 15
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of ``pack_int4``: int8 of ``shape``."""
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[: int(np.prod(shape))]
+    return (((nibbles ^ 8).astype(np.int8)) - 8).reshape(shape)
+
+
+def pack_table(q: np.ndarray, bits: int) -> np.ndarray:
+    """int8 [V, H], values below 2^(bits − 1) in magnitude, → int32 [V, H · bits / 32] of sums Σ vⱼ · 2^(bits · j)."""
+    per_word = 32 // bits
+    words = q.reshape(q.shape[0], -1, per_word).astype(np.int32)
+    return (words << (bits * np.arange(per_word, dtype=np.int32))).sum(axis=2, dtype=np.int32)

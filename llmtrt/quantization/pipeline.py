@@ -1,0 +1,93 @@
+"""From a checkpoint to a package."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import llmtrt.package as packages
+from llmtrt import files
+from llmtrt.checkpoints import open_checkpoint
+from llmtrt.checkpoints.checkpoint import Checkpoint
+from llmtrt.errors import UserError
+from llmtrt.models import decoder_of
+from llmtrt.models.decoder import Decoder
+from llmtrt.progress import Report, silent
+from llmtrt.quantization.recipe import DEFAULT, Recipe, read_recipe
+
+# What generation_config.json may say that a SamplingParams has a place for.
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """``report``: as in the manifest, what became of each matrix."""
+
+    package: packages.Package
+    report: dict
+
+
+def quantize(
+    checkpoint: str | Path,
+    output: str | Path,
+    recipe: str | Path | Recipe = DEFAULT,
+    max_seq: int | None = None,
+    ignore_fields: Iterable[str] = (),
+    report: Report = silent,
+) -> Quantized:
+    """Reads a checkpoint (Hugging Face folder or GGUF file) and writes the package ``output``, a new folder.
+
+    ``recipe``: a name, a YAML file or a Recipe. ``max_seq``: the declared capacity in tokens, the model's own if None.
+    ``ignore_fields``: fields of config.json that are known to change nothing. The same inputs give the same bytes. Peak
+    memory is that of the largest tensor, whatever the number of layers. Raises UserError, with nothing left behind.
+    """
+    import onnx_ir as ir
+
+    from llmtrt.graph.decoder import write_decoder
+    from llmtrt.quantization.weight_file import WeightFile
+    from llmtrt.quantization.weights import CheckpointWeights
+
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe)
+    if Path(output).exists():
+        raise UserError(f"{output} exists already: name another output folder with -o or remove this one")
+    source = open_checkpoint(checkpoint)
+    decoder = decoder_of(source.config, str(source.path), max_seq, ignore_fields)
+    spec = _spec(source, decoder, recipe)
+    total = len(source.tensors())
+    with files.staged_folder(Path(output)) as folder:
+        with WeightFile(folder, packages.WEIGHTS) as file:
+            weights = CheckpointWeights(source, recipe, file, decoder.tied, on_tensor=lambda done: report(done, total))
+            model = write_decoder(decoder, weights, recipe.dtype)
+            weights.finish()
+        # Saved without onnx_ir's external-data option: the tensors lie where the model says already.
+        ir.save(model, folder / packages.GRAPH)
+        source.write_tokenizer(folder)
+        generation = {
+            key: source.generation_config[key] for key in _SAMPLING if source.generation_config.get(key) is not None
+        }
+        origin = {"architecture": source.config["architectures"][0], "sha256": source.digest()}
+        packages.write_manifest(folder, spec, generation, origin, recipe.to_json(), weights.report.to_json())
+    report(total, total)
+    return Quantized(packages.open_package(output, verify=False), weights.report.to_json())
+
+
+def _spec(source: Checkpoint, decoder: Decoder, recipe: Recipe) -> packages.ModelSpec:
+    ends = source.generation_config.get("eos_token_id", source.config.get("eos_token_id"))
+    begin = source.config.get("bos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    for token in [*ends, *([] if begin is None else [begin])]:
+        if type(token) is not int or not 0 <= token < decoder.vocab_size:
+            raise UserError(f"{source.path}: the token id {token!r} is not below vocab_size = {decoder.vocab_size}")
+    return packages.ModelSpec(
+        family=decoder.family,
+        layers=len(decoder.layers),
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        vocab_size=decoder.vocab_size,
+        max_seq=decoder.max_seq,
+        dtype=recipe.dtype,
+        kv_dtype=recipe.dtype,
+        bos_token_id=begin,
+        eos_token_ids=tuple(ends),
+        notes=tuple(rope.note for rope in decoder.ropes if rope.note),
+    )

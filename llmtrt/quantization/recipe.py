@@ -1,0 +1,88 @@
+"""A recipe: a short YAML file that says how a package is made. It is data; no recipe carries code."""
+
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from llmtrt.errors import UserError
+
+DEFAULT = "int4"
+_LIMIT = 1 << 20
+_FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")  # installed, or a source tree
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``algorithm``: ``rtn`` (INT4 blocks, round to nearest) or ``none``. ``group_size``: weights along K that share a
+    scale, halved where it does not divide K. ``dtype``: of activations, scales, KV cache and all that is not quantized.
+    ``embedding``, ``lm_head``: ``keep`` (in dtype), ``int8`` or ``int4``. ``exclude``: patterns (as in a shell) of
+    modules that are not quantized."""
+
+    algorithm: str = "rtn"
+    group_size: int = 128
+    dtype: str = "float16"
+    embedding: str = "keep"
+    lm_head: str = "keep"
+    exclude: tuple[str, ...] = ()
+
+    def excludes(self, tensor: str) -> str | None:
+        """The pattern that names the module of this tensor, or None."""
+        module = tensor.removesuffix(".weight")
+        return next((pattern for pattern in self.exclude if fnmatchcase(module, pattern)), None)
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+_ALLOWED = {
+    "algorithm": ("rtn", "none"),
+    "group_size": (16, 32, 64, 128, 256, 512),
+    "dtype": ("float16", "bfloat16", "float32"),
+    "embedding": ("keep", "int8", "int4"),
+    "lm_head": ("keep", "int8", "int4"),
+}
+
+
+def names() -> list[str]:
+    """The recipes that come with llmtrt."""
+    return sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.yaml")})
+
+
+def read_recipe(name_or_file: str | Path) -> Recipe:
+    """The recipe of that name, or in that file; UserError naming the file and key that are not as they should be."""
+    import yaml
+
+    path = next(
+        (
+            folder / f"{name_or_file}.yaml"
+            for folder in _FOLDERS
+            if f"{name_or_file}" in names() and (folder / f"{name_or_file}.yaml").is_file()
+        ),
+        Path(name_or_file),
+    )
+    if not path.is_file():
+        raise UserError(f"--recipe {name_or_file}: neither a file nor one of the recipes {', '.join(names())}")
+    if path.stat().st_size > _LIMIT:
+        raise UserError(f"{path} is larger than a recipe may be")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())[:200]})") from None
+    return recipe_from(values, path)
+
+
+def recipe_from(values: object, where: Path | str) -> Recipe:
+    """Checks every key and value; UserError names the first that is wrong."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: a recipe should be a mapping of keys to values")
+    known = {field.name for field in fields(Recipe)}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}: a recipe has {', '.join(sorted(known))}")
+        if key == "exclude":
+            if not isinstance(value, list | tuple) or not all(isinstance(pattern, str) for pattern in value):
+                raise UserError(f"{where}: exclude should be a list of patterns of module names")
+        elif value not in _ALLOWED[key] or isinstance(value, bool):
+            said = ", ".join(map(str, _ALLOWED[key]))
+            raise UserError(f"{where}: {key} is {value!r}, expected one of {said}")
+    return Recipe(**values | {"exclude": tuple(values.get("exclude", ()))})

@@ -1,0 +1,123 @@
+"""CUDA memory and a stream for a session, through NVIDIA's cuda-bindings; no torch."""
+
+import ctypes
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from llmtrt.errors import UserError
+
+INSTALL = "pip install 'cuda-bindings==12.*'"  # 12 works with every driver that runs our engines; 13 needs driver 580
+
+
+class Cuda:
+    """One device's memory and one stream of work on it. ``close`` frees all that was allocated through it.
+
+    Raises UserError if cuda-bindings is missing, if the device does not start, and if its memory does not suffice; any
+    other CUDA error is a RuntimeError.
+    """
+
+    def __init__(self, device: int = 0):
+        self._rt = _import()
+        self._device: dict[int, int] = {}  # address → bytes
+        self._host: set[int] = set()
+        self._call("cudaSetDevice", device)
+        self._stream = self._call("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking)
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle, as TensorRT takes it."""
+        return int(self._stream)
+
+    def free_bytes(self) -> int:
+        """Bytes of device memory that are free now."""
+        free, _ = self._call("cudaMemGetInfo")
+        return free
+
+    def allocate(self, size: int, zero: bool = False) -> int:
+        """The address of ``size`` bytes of device memory (at least 256-byte aligned)."""
+        address = int(self._call("cudaMalloc", max(size, 1)))
+        self._device[address] = size
+        if zero:
+            self._call("cudaMemsetAsync", address, 0, size, self._stream)
+        return address
+
+    def free(self, address: int) -> None:
+        """Frees what ``allocate`` gave, once the stream's work is done; 0 is ignored."""
+        if address:
+            self.synchronize()
+            self._call("cudaFree", address)
+            del self._device[address]
+
+    def pinned(self, count: int, dtype: type) -> np.ndarray:
+        """A host array of ``count`` elements that the device copies to and from without staging."""
+        size = max(1, count * np.dtype(dtype).itemsize)
+        address = int(self._call("cudaMallocHost", size))
+        self._host.add(address)
+        return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype, count)
+
+    def free_pinned(self, array: np.ndarray) -> None:
+        """Frees what ``pinned`` gave; the array must not be used again."""
+        self.synchronize()
+        self._call("cudaFreeHost", array.ctypes.data)
+        self._host.discard(array.ctypes.data)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """Copies a contiguous array to the device, in the stream's order."""
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self._stream)
+
+    def download(self, array: np.ndarray, address: int) -> None:
+        """Copies from the device into a contiguous array, in the stream's order; ``synchronize`` before reading it."""
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
+
+    def synchronize(self) -> None:
+        """Waits until the stream's work is done; raises what went wrong in it."""
+        self._call("cudaStreamSynchronize", self._stream)
+
+    def close(self) -> None:
+        """Frees everything, after an error too; calling it twice is fine."""
+        if self._stream is None:
+            return
+        rt, stream, self._stream = self._rt, self._stream, None
+        rt.cudaStreamSynchronize(stream)
+        for address in self._device:
+            rt.cudaFree(address)
+        for address in self._host:
+            rt.cudaFreeHost(address)
+        self._device, self._host = {}, set()
+        rt.cudaStreamDestroy(stream)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        status, *results = getattr(self._rt, name)(*arguments)
+        errors = self._rt.cudaError_t
+        if status != errors.cudaSuccess:
+            self._rt.cudaGetLastError()  # or the next call that asks would report this one again
+            text = self._rt.cudaGetErrorString(status)[1].decode(errors="replace")
+            if status == errors.cudaErrorMemoryAllocation:
+                raise UserError(
+                    f"the GPU has no room for the memory that is needed ({name}: {text}): close other programs, or "
+                    "use a smaller max_batch or an engine with a smaller --max-seq"
+                )
+            if status in (
+                errors.cudaErrorInsufficientDriver,
+                errors.cudaErrorNoDevice,
+                errors.cudaErrorInvalidDevice,
+                errors.cudaErrorDevicesUnavailable,
+                errors.cudaErrorInitializationError,
+            ):
+                raise UserError(f"the GPU cannot be used ({text}): `llmtrt doctor` shows driver and CUDA versions")
+            raise RuntimeError(f"{name} failed: {text}")
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def _import() -> ModuleType:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise UserError(
+            f"an engine needs cuda-bindings, which cannot be imported ({error}): install it with `{INSTALL}`"
+        ) from None
+    return runtime

@@ -1,0 +1,175 @@
+"""The session on ONNX Runtime's CPU provider: runs a package as it is, with the KV cache updated in place."""
+
+import os
+
+import numpy as np
+
+from llmtrt.errors import UserError
+from llmtrt.package import WEIGHTS, ModelSpec, Package
+from llmtrt.runtime.memory import require
+
+MINIMUM_VERSION = (1, 24)  # the first that knows opset 24
+CHUNK = 256  # on SmolLM2 128 and 256 were the fastest of 16 to 512 rows
+_RANGE_STEP = 16  # tokens; coarser costs up to 10 % at short contexts, finer makes more shapes for no gain
+_TYPES = {"float16": "tensor(float16)", "float32": "tensor(float)"}
+
+
+class OrtSession:
+    """A ``Session`` on ONNX Runtime.
+
+    ``threads``: of one operator (None: every core this process may use). ``accuracy_level``: of INT4 products, as ONNX
+    Runtime's MatMulNBits numbers them: 4 computes with INT8 activations and is the fastest, 1 with fp32. ``chunk``: the
+    most rows of one step.
+
+    Raises UserError if ONNX Runtime is missing or too old, if the graph contradicts the manifest, if the package is in
+    bfloat16, or if the model needs more memory than there is.
+    """
+
+    def __init__(self, package: Package, threads: int | None = None, accuracy_level: int = 4, chunk: int = CHUNK):
+        ort = _import()
+        spec = package.spec
+        if "bfloat16" in (spec.dtype, spec.kv_dtype):
+            raise UserError(
+                f"{package.path} is in bfloat16, which runs on TensorRT only: build an engine with `llmtrt build`, or "
+                "quantize the checkpoint again with float16 or float32"
+            )
+        if accuracy_level not in (0, 1, 2, 3, 4):
+            raise UserError(f"accuracy_level should be between 0 and 4, but is {accuracy_level!r}")
+        if threads is not None and threads < 1:
+            raise UserError(f"threads should be at least 1, but is {threads!r}")
+        if chunk < 1:
+            raise UserError(f"chunk should be at least 1, but is {chunk!r}")
+        self.spec = spec
+        self.chunk = chunk
+        self._ort = ort
+        require(_load_bytes(package), f"loading {package.path}", "free some, or quantize to fewer bits")
+        options = ort.SessionOptions()
+        threads = threads or _cores()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False  # plans memory for shapes that come again; ours change every step
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+        try:
+            self._session = ort.InferenceSession(str(package.graph), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001 - the library's exceptions have no common type
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"ONNX Runtime {ort.__version__} cannot load {package.graph} ({first})") from None
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        _check(inputs, outputs, spec, package)
+        self._caches = [
+            (f"past_{kind}_{layer}", f"present_{kind}_{layer}")
+            for layer in range(spec.layers)
+            for kind in ("key", "value")
+        ]
+        self.description = f"ONNX Runtime {ort.__version__}, CPU, {threads} thread{'s' if threads > 1 else ''}"
+        self._binding = None
+        self._buffers: list[np.ndarray] = []
+        self._capacity = 0
+
+    def reserve(self, slots: int, max_seq: int) -> None:
+        """See ``Session``. A fresh cache costs pages only where it is written, so every call makes one."""
+        capacity = max_seq + self.chunk
+        self._release()
+        needed = slots * capacity * self.spec.kv_bytes_per_token() + slots * self.spec.vocab_size * 4
+        require(
+            needed,
+            f"a KV cache of {slots} × {capacity} tokens",
+            "use a smaller max_seq (or max_tokens) or a smaller max_batch",
+        )
+        shape = (slots, self.spec.kv_heads, capacity, self.spec.head_dim)
+        binding = self._session.io_binding()
+        for past, present in self._caches:
+            # Zeros: a row that nobody wrote has weight 0 in attention, and 0 times whatever lies there may be NaN.
+            buffer = np.zeros(shape, self.spec.kv_dtype)
+            value = self._ort.OrtValue.ortvalue_from_numpy(buffer)
+            if value.data_ptr() != buffer.ctypes.data:
+                raise RuntimeError("ONNX Runtime copied the KV cache: it would not be updated in place")
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+            self._buffers.append(buffer)
+        self._binding = binding
+        self._capacity = capacity
+        self._range = np.arange(capacity, dtype=np.int64)
+
+    def step(self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray) -> np.ndarray:
+        """See ``Session``."""
+        binding = self._binding
+        # The range covers rows of padding as well: a row that may attend to nothing would be NaN, and be cached.
+        length = min(self._capacity, -(-(int(positions.max()) + 1) // _RANGE_STEP) * _RANGE_STEP)
+        feeds = {
+            "input_ids": input_ids,
+            "positions": positions,
+            "logits_index": logits_index,
+            "kv_range": self._range[:length],
+        }
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value, np.int64))
+        binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()
+
+    def close(self) -> None:
+        """See ``Session``."""
+        self._release()
+        self._session = None
+
+    def _release(self) -> None:
+        self._binding = None
+        self._buffers = []
+        self._capacity = 0
+
+
+def _import():
+    remedy = 'install it with `pip install "onnxruntime>=1.24"`'
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"ONNX Runtime is needed to run a package and cannot be imported ({error}): {remedy}") from None
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    if version < MINIMUM_VERSION:
+        raise UserError(f"ONNX Runtime {onnxruntime.__version__} is too old for opset 24: {remedy}")
+    return onnxruntime
+
+
+def _load_bytes(package: Package) -> int:
+    """The least that loading was seen to take: the CPU provider multiplies fp16 weights as fp32, and packs INT4
+    anew."""
+    weights = package.path / WEIGHTS
+    size = weights.stat().st_size if weights.is_file() else 0
+    return int(size * (1.4 if package.spec.dtype == "float16" else 1.0))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check(inputs: dict, outputs: dict, spec: ModelSpec, package: Package) -> None:
+    """The graph's names, types and fixed dimensions against the graph contract and the manifest."""
+    kv = (_TYPES[spec.kv_dtype], (None, spec.kv_heads, None, spec.head_dim))
+    layers = [(kind, layer) for layer in range(spec.layers) for kind in ("key", "value")]
+    integers = "tensor(int64)"
+    wanted_inputs = {
+        "input_ids": (integers, (None, None)),
+        "positions": (integers, (None, None)),
+        "logits_index": (integers, (None, None)),
+        "kv_range": (integers, (None,)),
+    } | {f"past_{kind}_{layer}": kv for kind, layer in layers}
+    wanted_outputs = {"logits": ("tensor(float)", (None, None, spec.vocab_size))}
+    wanted_outputs |= {f"present_{kind}_{layer}": kv for kind, layer in layers}
+    for found, wanted, role in ((inputs, wanted_inputs, "input"), (outputs, wanted_outputs, "output")):
+        if found.keys() != wanted.keys():
+            name = min(found.keys() ^ wanted.keys())
+            state = "lacks the" if name in wanted else "has an unknown"
+            raise UserError(f"{package.graph} {state} {role} {name}: make the package anew with `llmtrt quantize`")
+        for name, (kind, shape) in wanted.items():
+            actual = found[name]
+            fits = len(actual.shape) == len(shape) and all(
+                want is None or not isinstance(have, int) or have == want for have, want in zip(actual.shape, shape)
+            )
+            if actual.type != kind or not fits:
+                raise UserError(
+                    f"{package.graph}: {role} {name} is {actual.type} {actual.shape} where the manifest asks for "
+                    f"{kind} {[*shape]}: make the package anew with `llmtrt quantize`"
+                )

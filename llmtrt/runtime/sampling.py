@@ -1,0 +1,130 @@
+"""The sampler on the host: fp32 logits in, token ids out; transformers' mathematics without its full sorts."""
+
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmtrt.errors import UserError
+from llmtrt.runtime.params import SamplingParams
+
+NOT_NUMBERS = (
+    "the model's logits are not numbers (NaN or infinite): its activations overflow in this package's type; quantize "
+    "it again with a recipe that keeps float32"
+)
+
+_GROUP = 64  # logits of which a top-k search looks at the largest first
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """``logprob`` of the chosen token under the model's own logits, and the ``top`` (token id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Sampler:
+    """Chooses the tokens of one request, step by step.
+
+    The noise of a step is a function of the request's seed and the step alone (Philox, Salmon et al. 2011, "Parallel
+    random numbers: as easy as 1, 2, 3"), so neither the batch around a request nor its slot changes its tokens.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, prompt: np.ndarray):
+        self.params = params
+        self._step = 0
+        self._seed = secrets.randbits(64) if params.seed is None else int(params.seed)
+        self._seen = None
+        if params.repetition_penalty != 1:
+            self._seen = np.zeros(vocab_size, bool)
+            self._seen[prompt] = True
+
+    def choose(self, logits: np.ndarray) -> tuple[int, TokenLogprob | None]:
+        """The next token for ``logits`` [V], fp32, which stay as they are; UserError if they are not numbers."""
+        params, scores = self.params, logits
+        if self._seen is not None:
+            scores = penalized(scores, np.flatnonzero(self._seen), params.repetition_penalty)
+        if not np.isfinite(scores.max()):
+            raise UserError(NOT_NUMBERS)
+        if params.greedy:
+            token = int(scores.argmax())
+        else:
+            ids, weights = distribution(scores, params)
+            cumulative = np.cumsum(weights, dtype=np.float64)
+            noise = np.random.Generator(np.random.Philox(key=(self._step << 64) | self._seed)).random()
+            # side="right" skips tokens of weight 0; the minimum covers noise that rounds up to the sum.
+            place = min(int(np.searchsorted(cumulative, noise * cumulative[-1], side="right")), len(cumulative) - 1)
+            token = place if ids is None else int(ids[place])
+        self._step += 1
+        if self._seen is not None:
+            self._seen[token] = True
+        return token, None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
+
+
+def penalized(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """A copy of ``logits`` [V] with the repetition penalty on the token ids ``seen`` (each once)."""
+    scores = logits.copy()
+    picked = scores[seen]
+    scores[seen] = np.where(picked < 0, picked * penalty, picked / penalty)
+    return scores
+
+
+def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
+    """The tokens that top_k, top_p and min_p leave of ``logits`` [V], and their weights [n]: their probabilities over
+    that of the most likely one.
+
+    Ids ascend, so that two nearly equal logits that change their rank do not move the other tokens' share of the noise;
+    they are None where every token is left, [n] otherwise. A tie at the k-th place keeps all that tie, as in
+    transformers.
+    """
+    ids = None
+    if 0 < params.top_k < len(logits):
+        ids = np.flatnonzero(logits >= _kth_largest(logits, params.top_k))
+        logits = logits[ids]
+    weights = logits - logits.max()  # before the division: a tiny temperature then gives 0 and -inf, never NaN
+    with np.errstate(over="ignore"):
+        weights /= weights.dtype.type(max(params.temperature, 1e-30))
+    np.exp(weights, out=weights)
+    if params.top_p < 1:
+        kept = _nucleus(weights, params.top_p)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    if params.min_p > 0:
+        kept = np.flatnonzero(weights >= params.min_p)  # the most likely token's weight is 1
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    return ids, weights
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Ascending places of the fewest largest ``weights`` [n] whose share of the sum reaches ``top_p`` (Holtzman et al.
+    2019, arXiv:1904.09751); of equal ones at the border the first."""
+    total = weights.sum(dtype=np.float64)
+    # All below 1 - top_p of the mean sum to less than 1 - top_p of the total: none of them is needed.
+    places = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
+    candidates = weights[places]
+    falling = np.sort(candidates)[::-1]
+    count = 1 + int(np.searchsorted(np.cumsum(falling[:-1], dtype=np.float64), top_p * total))
+    border = falling[count - 1]
+    above = candidates > border
+    above[np.flatnonzero(candidates == border)[: count - int(above.sum())]] = True
+    return places[above]
+
+
+def _kth_largest(values: np.ndarray, k: int) -> np.floating:
+    """The k-th largest of ``values`` [n], 1 ≤ k ≤ n."""
+    groups = values[: len(values) // _GROUP * _GROUP].reshape(-1, _GROUP).max(1)
+    if len(groups) > k:  # k groups have a value of at least the k-th largest maximum: below it nothing counts
+        values = values[values >= np.partition(groups, -k)[-k]]
+    return np.partition(values, -k)[-k]
+
+
+def token_logprob(logits: np.ndarray, token: int, count: int) -> TokenLogprob:
+    """Log-softmax of ``logits`` [V] at ``token`` and at its ``count`` largest."""
+    count = min(count, len(logits))
+    top = float(logits.max())
+    normalizer = top + float(np.log(np.exp(logits - top).sum(dtype=np.float64)))
+    best = np.flatnonzero(logits >= _kth_largest(logits, count)) if count else np.empty(0, np.int64)
+    best = best[np.argsort(-logits[best], kind="stable")][:count]
+    pairs = tuple((int(index), float(logits[index]) - normalizer) for index in best)
+    return TokenLogprob(token, float(logits[token]) - normalizer, pairs)

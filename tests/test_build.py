@@ -1,0 +1,268 @@
+"""Packages into engines, ahead of time on a machine without a GPU, and every way in which that can fail."""
+
+import json
+import os
+import shutil
+import signal
+
+import onnx
+import pytest
+
+pytest.importorskip("tensorrt_rtx_bindings")
+
+import families
+
+from llmtrt import files
+from llmtrt.engine import build as building
+from llmtrt.engine.build import build
+from llmtrt.engine.gpu import find_gpus
+from llmtrt.engine.manifest import is_engine, open_engine
+from llmtrt.errors import UserError
+from llmtrt.graph import lowerings
+from llmtrt.package import open_package
+from llmtrt.quantization.pipeline import quantize
+from llmtrt.quantization.recipe import Recipe
+
+CPU_ONLY = pytest.mark.skipif(not find_gpus().problem, reason="tells what a machine without a GPU cannot do")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A Mistral of 4 heads over 2, head dim 16, INT4 blocks, fp16, and a context of 256."""
+    folder = tmp_path_factory.mktemp("package")
+    checkpoint = families.save("mistral", folder / "checkpoint")
+    return quantize(checkpoint, folder / "package", Recipe(group_size=16)).package.path
+
+
+@pytest.fixture(scope="module")
+def engine(package, tmp_path_factory):
+    calls = []
+    output = tmp_path_factory.mktemp("engine") / "engine"
+    built = build(package, output, max_batch=2, max_seq=64, chunk=16, report=lambda *call: calls.append(call))
+    return built, calls
+
+
+def test_an_engine_knows_what_it_was_built_for(engine, package):
+    built, calls = engine
+    opened = open_engine(built.engine.path)
+    assert opened == built.engine and is_engine(opened.path)
+    assert (opened.max_batch, opened.max_seq, opened.chunk, opened.capacity) == (2, 64, 16, 80)
+    assert opened.spec == open_package(package).spec and opened.flavor == "rtx"
+    assert opened.package_path == package.resolve()
+    assert opened.manifest["lowerings"] == ["static_capacity"] and opened.manifest["flags"] == []
+    decode, prefill = opened.profiles
+    assert decode["shapes"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
+    assert prefill["shapes"]["input_ids"] == [[1, 1], [1, 16], [2, 16]]
+    assert prefill["shapes"]["logits_index"] == [[1, 1], [1, 1], [2, 16]]
+    assert decode["shapes"]["kv_range"] == prefill["shapes"]["kv_range"] == [[1], [80], [80]]
+    assert decode["shapes"]["past_key_0"] == [[1, 2, 80, 16], [1, 2, 80, 16], [2, 2, 80, 16]]
+    assert opened.plan.stat().st_size > 100_000 and built.peak_host_bytes > built.engine.plan.stat().st_size
+    assert calls[-1][:2] == (1, 1) and len({call[2] for call in calls if len(call) == 3}) > 3
+
+
+def test_two_builds_differ_in_the_plan_alone(engine, package):
+    built, _ = engine
+    again = build(package, built.engine.path.with_name("again"), max_batch=2, max_seq=64, chunk=16)
+    first, second = (json.loads((e.path / "manifest.json").read_text()) for e in (built.engine, again.engine))
+    for manifest in (first, second):
+        del manifest["files"]["engine.plan"]
+    assert first == second
+
+
+def test_a_moved_or_changed_package_is_not_taken_for_the_engines_own(package, tmp_path):
+    shutil.copytree(package, tmp_path / "package")
+    engine = build(tmp_path / "package", tmp_path / "engine", max_seq=32, chunk=8).engine
+    both = tmp_path / "moved"
+    both.mkdir()
+    shutil.move(tmp_path / "package", both / "package")
+    assert open_engine(engine.path).package_path is None
+    shutil.move(engine.path, both / "engine")
+    assert open_engine(both / "engine").package_path == (both / "package").resolve()
+    manifest = both / "package" / "manifest.json"
+    manifest.write_text(manifest.read_text() + " ")
+    assert open_engine(both / "engine").package_path is None
+
+
+def test_fp32_is_lowered_and_options_are_recorded(tmp_path):
+    checkpoint = families.save("llama-gqa-tied", tmp_path / "checkpoint")
+    quantize(checkpoint, tmp_path / "package", "fp32")
+    engine = build(
+        tmp_path / "package",
+        tmp_path / "engine",
+        max_seq=32,
+        chunk=64,
+        weight_streaming=True,
+        compute_capabilities=("12.0", "8.9"),
+    ).engine
+    assert engine.manifest["lowerings"] == ["static_capacity", "decomposed_attention"]
+    assert engine.manifest["flags"] == ["WEIGHT_STREAMING"]
+    assert engine.compute_capabilities == ("8.9", "12.0")
+    assert engine.chunk == 32  # no larger than the context
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"flavor": "lean"}, "no TensorRT flavor 'lean'"),
+        ({"max_seq": 257}, "--max-seq should be an integer from 1 to 256, but is 257"),
+        ({"max_batch": 0}, "--max-batch should be an integer from 1"),
+        ({"chunk": True}, "--chunk should be an integer"),
+        ({"compute_capabilities": ("9.9",)}, "does not build for compute capability 9.9: take 7.5, 8.0"),
+    ],
+)
+def test_wrong_options_are_told_at_once(package, tmp_path, options, message):
+    _fails(message, package, tmp_path, **options)
+
+
+@CPU_ONLY
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"strip": True}, "--strip needs an NVIDIA GPU.*no NVIDIA driver"),
+        ({"refit": True}, "--refit needs an NVIDIA GPU"),
+        ({"compute_capabilities": ("current",)}, "--compute-capability current needs an NVIDIA GPU"),
+    ],
+)
+def test_what_needs_a_gpu_says_so(package, tmp_path, options, message):
+    _fails(message, package, tmp_path, **options)
+
+
+def test_an_output_that_exists_stays(package, tmp_path):
+    (tmp_path / "engine").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        build(package, tmp_path / "engine")
+    assert os.listdir(tmp_path) == ["engine"]
+
+
+def test_a_node_that_the_parser_refuses_is_named(package, tmp_path):
+    def spoil(model):
+        node = next(node for node in model.graph.node if node.op_type == "Attention")
+        node.attribute.append(onnx.helper.make_attribute("softcap", 20.0))
+        return node.name
+
+    changed, name = _changed(package, tmp_path, spoil)
+    _fails(rf"refuses node '{name}' \(Attention\): .*\[[A-Z_]+\]$", changed, tmp_path)
+
+
+def test_a_graph_that_is_not_onnx_or_reaches_outside_is_refused(package, tmp_path):
+    def reach_out(model):
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+        next(entry for entry in tensor.external_data if entry.key == "location").value = "../secret"
+
+    changed, _ = _changed(package, tmp_path, reach_out)
+    _fails("'../secret' is not a plain file name", changed, tmp_path)
+    (changed / "model.onnx").write_bytes(b"\xff" * 100)
+    _fails("not a readable ONNX model", changed, tmp_path, verify=False)
+
+
+def test_a_failed_compilation_says_why(tmp_path, monkeypatch):
+    quantize(families.save("llama-gqa-tied", tmp_path / "checkpoint"), tmp_path / "package", "fp16")
+    monkeypatch.setattr(lowerings, "LOWERINGS", lowerings.LOWERINGS[:1])  # leaves attention with head dim 8 as it is
+    _fails("could not build .*: .*not supported by a dedicated kernel", tmp_path / "package", tmp_path)
+
+
+def test_ctrl_c_leaves_nothing(package, tmp_path):
+    def interrupt(done, total, note=""):
+        if note == "Optimizing graph":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(package, tmp_path / "engine", max_seq=32, chunk=8, report=interrupt)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_report_raises_comes_through(package, tmp_path):
+    def fail(done, total, note=""):
+        raise ZeroDivisionError("in the caller's own code")
+
+    with pytest.raises(ZeroDivisionError):
+        build(package, tmp_path / "engine", max_seq=32, chunk=8, report=fail)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_is_told(package, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(building, "choose", _limited(building.choose, resource))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(UserError, match="cannot write .*engine: File too large"):
+            build(package, tmp_path / "engine", max_seq=32, chunk=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []
+
+
+def _limited(function, resource):
+    def limited(*arguments):
+        result = function(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return result
+
+    return limited
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 1"),
+        (lambda m: m.update(format="llmtrt-package"), "is a package, not an engine"),
+        (lambda m: m.update(format="other"), "not an engine's manifest"),
+        (lambda m: m.update(capacity=-1), "capacity should be a positive integer, but is -1"),
+        (lambda m: m.update(capacity=70), r"capacity 70 is less than max_seq 64 \+ chunk 16"),
+        (lambda m: m.update(flavor={"name": 3}), "flavor and compute_capabilities should hold names"),
+        (lambda m: m.pop("profiles"), "'profiles' should be a JSON array"),
+        (lambda m: m["files"].pop("engine.plan"), "'files' should list engine.plan"),
+        (lambda m: m["model"].update(layers="many"), "model.layers should be a positive integer"),
+        (lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": "0"}}), "'../x' is not a plain file name"),
+    ],
+)
+def test_a_corrupt_manifest_is_refused(engine, tmp_path, change, message):
+    folder = shutil.copytree(engine[0].engine.path, tmp_path / "engine")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    files.write_json(folder / "manifest.json", manifest)
+    with pytest.raises(UserError, match=message):
+        open_engine(folder)
+
+
+def test_a_flipped_bit_and_a_truncated_plan_are_found(engine, tmp_path):
+    folder = shutil.copytree(engine[0].engine.path, tmp_path / "engine")
+    plan = bytearray((folder / "engine.plan").read_bytes())
+    plan[len(plan) // 2] ^= 4
+    (folder / "engine.plan").write_bytes(plan)
+    with pytest.raises(UserError, match="engine.plan is corrupt"):
+        open_engine(folder)
+    (folder / "engine.plan").write_bytes(plan[:-1])
+    with pytest.raises(UserError, match=f"engine.plan has {len(plan) - 1} bytes instead of {len(plan)}"):
+        open_engine(folder)
+
+
+@CPU_ONLY
+def test_running_an_engine_without_a_gpu_says_so(engine):
+    from llmtrt.runtime.tensorrt import TrtSession
+
+    with pytest.raises(UserError, match="needs an NVIDIA GPU, but no NVIDIA driver"):
+        TrtSession(engine[0].engine)
+
+
+def _fails(message, package, tmp_path, **options):
+    """The build raises that sentence and leaves nothing of its output."""
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=message) as caught:
+        build(package, tmp_path / "never", **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def _changed(package, tmp_path, change):
+    """A copy of the package with its graph changed and its digests right."""
+    folder = shutil.copytree(package, tmp_path / "changed")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    result = change(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["model.onnx"] = files.digest_file(folder / "model.onnx")
+    files.write_json(folder / "manifest.json", manifest)
+    return folder, result

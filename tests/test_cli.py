@@ -1,0 +1,328 @@
+"""The command line as a user meets it: every mistake one sentence, exit code 2, and nothing half-written."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import samples
+from families import save
+from safetensors.numpy import load_file, save_file
+
+from llmtrt.cli.main import main
+
+WEIGHTS = "model.safetensors"
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return save("llama-gqa-tied", tmp_path / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory) -> Path:
+    """A package of stories260k, not to be changed."""
+    package = tmp_path_factory.mktemp("stories") / "package"
+    assert main(["quantize", str(samples.stories260k()), "-o", str(package), "--recipe", "int4-g32"]) == 0
+    return package
+
+
+@pytest.fixture
+def own_stories(stories, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(stories, tmp_path / "own"))
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Runs the command, which must end in exit code 2 and one sentence; returns that."""
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith(f"llmtrt {arguments[0]}: error: ")
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def edit(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def with_tensors(checkpoint: Path, **changed) -> None:
+    file = checkpoint / WEIGHTS
+    tensors = load_file(file)
+    for name, change in changed.items():
+        full = {"gate": GATE}[name]
+        tensors[full] = change(tensors[full])
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+
+
+def split(checkpoint: Path) -> None:
+    """Makes a sharded checkpoint of it whose second shard is absent."""
+    tensors = load_file(checkpoint / WEIGHTS)
+    (checkpoint / WEIGHTS).unlink()
+    save_file(tensors, checkpoint / "model-00001-of-00002.safetensors")
+    where = {name: "model-00001-of-00002.safetensors" for name in tensors} | {GATE: "model-00002-of-00002.safetensors"}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def nan(values: np.ndarray) -> np.ndarray:
+    values[3, 5] = np.nan
+    return values
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda c: (c / WEIGHTS).unlink(), "safetensors"),
+        (lambda c: truncate(c / WEIGHTS), WEIGHTS),
+        (split, "model-00002-of-00002.safetensors"),
+        (lambda c: with_tensors(c, gate=nan), f"{GATE} has NaN"),
+        (
+            lambda c: with_tensors(c, gate=lambda w: w[:-1]),
+            f"{GATE} has shape [79, 48], but config.json asks for [80, 48]",
+        ),
+        (lambda c: with_tensors(c, gate=lambda w: None), f"{GATE} is missing"),
+        (lambda c: edit(c / "config.json", architectures=["MambaForCausalLM"]), "'MambaForCausalLM' is not supported"),
+        (lambda c: edit(c / "config.json", logit_scale=0.0625), "logit_scale = 0.0625"),
+        (lambda c: edit(c / "config.json", num_hidden_layers=2), "model.layers.2"),
+        (lambda c: edit(c / "generation_config.json", eos_token_id=97), "97 is not below vocab_size"),
+        (lambda c: (c / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda c: (c / "config.json").unlink(), "config.json"),
+        (lambda c: edit(c / "config.json", quantization_config={"quant_method": "awq", "bits": 4}), "awq"),
+    ],
+)
+def test_quantize_refuses_a_bad_checkpoint(checkpoint, tmp_path, capsys, damage, said):
+    damage(checkpoint)
+    assert said in refused(capsys, "quantize", checkpoint, "-o", tmp_path / "package")
+    assert os.listdir(tmp_path) == ["checkpoint"]
+
+
+def test_quantize_refuses_an_output_that_exists(checkpoint, tmp_path, capsys):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "keep").write_text("mine")
+    assert "exists already" in refused(capsys, "quantize", checkpoint, "-o", tmp_path / "package")
+    assert (tmp_path / "package" / "keep").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("nonesuch", "neither a file nor one of the recipes"),
+        ("group_size: 48", "group_size is 48, expected one of 16, 32"),
+        ("bits: 3", "unknown key 'bits'"),
+        ("algorithm: [rtn", "is not valid YAML"),
+        ("!!python/object/apply:os.system [false]", "is not valid YAML"),
+    ],
+)
+def test_quantize_refuses_a_bad_recipe(checkpoint, tmp_path, capsys, recipe, said):
+    if recipe != "nonesuch":
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        recipe = tmp_path / "recipe.yaml"
+    assert said in refused(capsys, "quantize", checkpoint, "-o", tmp_path / "package", "--recipe", recipe)
+    assert not (tmp_path / "package").exists()
+
+
+def test_a_hub_id_gets_the_command_that_downloads_it(tmp_path, capsys):
+    said = refused(capsys, "quantize", "meta-llama/Llama-3.2-1B", "-o", tmp_path / "package")
+    assert "hf download meta-llama/Llama-3.2-1B --local-dir" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", ""], "the prompt is empty"),
+        (["-p", "Once upon a time " * 200], "and the context of 512 has room for 511"),
+        (["-p", "Once", "--max-tokens", "0"], "max_tokens"),
+        (["-p", "Once", "--temperature", "-1"], "temperature"),
+        (["-p", "Once", "--max-seq", "513"], "max_seq is 513"),
+        (["-p", "Once", "--chat"], "chat template"),
+        (["-p", "Once", "--runtime", "tensorrt"], "llmtrt build"),
+    ],
+)
+def test_generate_refuses_a_bad_prompt(stories, capsys, arguments, said):
+    assert said in refused(capsys, "generate", stories, *arguments)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: flip(p / "model.onnx.data"), "model.onnx.data is corrupt"),
+        (lambda p: flip(p / "tokenizer.json"), "tokenizer.json is corrupt"),
+        (lambda p: truncate(p / "model.onnx.data"), "model.onnx.data has"),
+        (lambda p: (p / "manifest.json").write_text("{}"), "is not a package's manifest"),
+        (lambda p: (p / "manifest.json").write_text("[1]"), "should hold a JSON object"),
+        (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), "is not valid JSON"),
+        (lambda p: edit(p / "manifest.json", format_version=99), "has format version 99"),
+        (
+            lambda p: edit(p / "manifest.json", files={"model.onnx": {}, "../../etc/passwd": {}}),
+            "is not a plain file name",
+        ),
+        (lambda p: edit(p / "manifest.json", model={}), "'model' lacks"),
+        (lambda p: shutil.rmtree(p), "is not a folder"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["generate", "inspect", "eval", "build"])
+def test_every_verb_refuses_a_corrupt_package(own_stories, tmp_path, capsys, damage, said, verb):
+    (tmp_path / "text").write_text("Once upon a time")
+    more = {
+        "generate": ["-p", "Once"],
+        "inspect": [],
+        "eval": ["--text", tmp_path / "text"],
+        "build": ["-o", tmp_path / "engine"],
+    }[verb]
+    damage(own_stories)
+    assert said in refused(capsys, verb, own_stories, *more)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_verification_can_be_skipped(own_stories, capsys):
+    tokenizer = own_stories / "tokenizer_config.json"
+    tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
+    assert "tokenizer_config.json has" in refused(capsys, "inspect", own_stories)
+    assert main(["inspect", str(own_stories), "--no-verify"]) == 0
+
+
+@pytest.mark.parametrize("flag", ["--strip", "--refit"])
+def test_flags_that_need_a_gpu_say_so(stories, tmp_path, capsys, flag):
+    from llmtrt.engine.gpu import find_gpus
+
+    if not find_gpus().problem:
+        pytest.skip("there is a GPU here")
+    assert f"{flag} needs an NVIDIA GPU" in refused(capsys, "build", stories, "-o", tmp_path / "engine", flag)
+
+
+def test_a_token_id_out_of_range(stories):
+    from llmtrt import LLM
+    from llmtrt.errors import UserError
+
+    with LLM(stories) as llm, pytest.raises(UserError, match="token id 512 is out of range"):
+        llm.generate([1, 512])
+
+
+def command(*arguments, **options) -> subprocess.Popen:
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmtrt", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        **options,
+    )
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    run = command("quantize", samples.stories260k(), "-o", tmp_path / "package", preexec_fn=limit)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 2 and "Traceback" not in said
+    assert said.count("\n") == 1 and f"cannot write {tmp_path / 'package'}" in said
+    assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path):
+    smollm2 = samples.smollm2_gguf()
+    run = command("quantize", smollm2, "-o", tmp_path / "package")
+    for _ in range(6000):
+        found = list(tmp_path.glob(".package.partial-*/model.onnx.data"))
+        if found and found[0].stat().st_size > 10_000_000:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("quantize wrote nothing")
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 2
+    assert said == "llmtrt quantize: error: interrupted, nothing was left behind\n"
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_program_reads_is_json(stories, tmp_path, capsys):
+    def output(*arguments) -> dict:
+        capsys.readouterr()
+        assert main(list(map(str, arguments))) == 0
+        return json.loads(capsys.readouterr().out)
+
+    answer = output("generate", stories, "-p", "Once upon a time", "-p", "Lily", "--max-tokens", 8, "--json")
+    assert [len(completion["token_ids"]) for completion in answer["completions"]] == [8, 8]
+    assert answer["completions"][0]["finish_reason"] == "length" and "ONNX Runtime" in answer["runtime"]
+    (tmp_path / "text").write_text("Once upon a time there was a little girl. " * 40)
+    result = output("eval", stories, "--text", tmp_path / "text", "--context", 64, "--tokens", 256, "--json")
+    assert result["tokens"] == 256 and 1 < result["perplexity"] < 100
+    assert output("inspect", stories, "--json")["recipe"]["group_size"] == 32
+    assert output("lint", stories, "--json") is not None
+    facts = output("doctor", "--json")
+    assert {component["name"] for component in facts["components"]} >= {"onnxruntime", "TensorRT rtx"}
+
+
+def test_generate_streams_and_says_what_ran(stories, capsys):
+    assert main(["generate", str(stories), "-p", "Once upon a time", "--max-tokens", "12"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() and "ONNX Runtime" in printed.err and "tokens/s" in printed.err
+
+
+def test_help_names_every_verb_and_imports_nothing_heavy():
+    code = (
+        "import sys, contextlib\nfrom llmtrt.cli.main import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "heavy = {'numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'torch', 'tokenizers', 'rich', 'transformers'}\n"
+        "heavy &= set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert run.returncode == 0, run.stderr
+    assert all(
+        verb in run.stdout for verb in ("quantize", "build", "generate", "chat", "eval", "inspect", "lint", "doctor")
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "{checkpoint}", "-o", "{tmp}/package"],
+        ["generate", "{package}", "-p", "Once", "--max-tokens", "3"],
+        ["inspect", "{package}"],
+        ["lint", "{package}"],
+        ["doctor"],
+        ["build", "{package}", "-o", "{tmp}/engine"],
+        ["eval", "{package}", "--text", "{tmp}/text", "--context", "16"],
+    ],
+)
+def test_torch_is_not_imported(stories, tmp_path, arguments):
+    (tmp_path / "text").write_text("Once upon a time there was a little girl. " * 4)
+    filled = [a.format(checkpoint=samples.stories260k(), package=stories, tmp=tmp_path) for a in arguments]
+    code = (
+        "import sys\nfrom llmtrt.cli.main import main\ncode = main(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\nsys.exit(code)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, *filled],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert run.returncode == 0, run.stderr

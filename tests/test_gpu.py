@@ -1,0 +1,211 @@
+"""Engines on a real GPU against ONNX Runtime on the CPU, both on the same package."""
+
+import numpy as np
+import pytest
+import samples
+
+from llmtrt.engine.build import build
+from llmtrt.engine.flavor import choose
+from llmtrt.engine.gpu import find_gpus
+from llmtrt.engine.manifest import open_engine
+from llmtrt.errors import UserError
+from llmtrt.package import open_package
+from llmtrt.runtime.cuda import Cuda
+from llmtrt.runtime.loop import logits_of
+from llmtrt.runtime.onnxruntime import OrtSession
+from llmtrt.runtime.tensorrt import TrtSession
+
+pytestmark = pytest.mark.gpu
+
+TEXT = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her friends. " * 3
+)
+NEW = 24
+# package → (where its checkpoint is, recipe, allowed |Δlogit| as a share of their range, allowed disagreement of top-1)
+PACKAGES = {
+    "stories-fp32": (samples.stories260k, "fp32", 1e-3, 0.0),
+    "stories-fp16": (samples.stories260k, "fp16", 1e-2, 0.02),
+    "stories-int4": (samples.stories260k, "int4-g32", 1e-2, 0.02),
+    "smollm2-fp16": (samples.smollm2_gguf, "fp16", 1e-2, 0.02),
+    "smollm2-int4": (samples.smollm2_gguf, "int4-g64", 1e-2, 0.02),
+}
+FAMILIES = ("mistral-sliding", "qwen3", "gemma3", "phi3-partial")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
+    found = find_gpus()
+    if found.problem:
+        pytest.skip(found.problem)
+    try:
+        choose(need="run")
+        Cuda().close()
+    except UserError as error:
+        pytest.skip(str(error))
+    return found.gpus[0]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """``made(name)``: (package, engine) of PACKAGES or FAMILIES, made once."""
+    cache = {}
+
+    def make(name):
+        if name not in cache:
+            from llmtrt.quantization.pipeline import quantize
+
+            folder = tmp_path_factory.mktemp(name)
+            if name in PACKAGES:
+                where, recipe, *_ = PACKAGES[name]
+                checkpoint = where()
+            else:
+                families = pytest.importorskip("families", reason="needs torch and transformers")
+                checkpoint, recipe = families.save(name, folder / "checkpoint"), "fp16"
+            package = quantize(checkpoint, folder / "package", recipe).package
+            max_seq = min(512, package.spec.max_seq)
+            cache[name] = package, build(package.path, folder / "engine", max_batch=3, max_seq=max_seq, chunk=64).engine
+        return cache[name]
+
+    return make
+
+
+@pytest.fixture
+def sessions(made):
+    """``sessions(name)``: (engine's session, package's session at accuracy level 1), closed after the test."""
+    opened = []
+
+    def start(name, **options):
+        package, engine = made(name)
+        opened.extend((TrtSession(engine, **options), OrtSession(package, accuracy_level=1, chunk=64)))
+        return opened[-2:]
+
+    yield start
+    for session in opened:
+        session.close()
+
+
+def tokens(package, count: int) -> np.ndarray:
+    """The first ``count`` tokens of TEXT, or random ones where the package has no tokenizer."""
+    if not (package.path / "tokenizer.json").is_file():
+        return np.random.default_rng(0).integers(0, package.spec.vocab_size, count)
+    from tokenizers import Tokenizer
+
+    return np.array(Tokenizer.from_file(str(package.path / "tokenizer.json")).encode(TEXT).ids[:count], np.int64)
+
+
+def greedy(session, prompts, count=NEW, chunk=64) -> list[list[int]]:
+    """``count`` greedy tokens after each prompt, all prompts in one batch, prefilled in chunks."""
+    lengths = np.array([[len(prompt)] for prompt in prompts])
+    made, longest = [[] for _ in prompts], int(lengths.max())
+    session.reserve(len(prompts), longest + count)
+    for start in range(0, longest, chunk):
+        rows = min(chunk, longest - start)
+        ids = np.zeros((len(prompts), rows), np.int64)
+        for slot, prompt in enumerate(prompts):
+            part = prompt[start : start + rows]
+            ids[slot, : len(part)] = part
+        last = lengths - 1 - start
+        logits = session.step(ids, np.minimum(lengths, start) + np.arange(rows), np.clip(last, 0, rows - 1))
+        for slot in range(len(prompts)):
+            if 0 <= last[slot, 0] < rows:
+                made[slot].append(int(logits[slot, 0].argmax()))
+    for done in range(count - 1):
+        ids = np.array([[ids[-1]] for ids in made])
+        logits = session.step(ids, lengths + done, np.zeros((len(prompts), 1), np.int64))
+        for slot, ids in enumerate(made):
+            ids.append(int(logits[slot, 0].argmax()))
+    return made
+
+
+@pytest.mark.parametrize("name", [*PACKAGES, *FAMILIES])
+def test_teacher_forced_logits(made, sessions, name):
+    on_gpu, on_cpu = sessions(name)
+    ids = tokens(made(name)[0], 150)
+    ours, wanted = (np.concatenate([*logits_of(session, ids, 64)]) for session in (on_gpu, on_cpu))
+    _, _, error, disagreement = PACKAGES.get(name, (None, None, 2e-2, 0.04))
+    assert np.isfinite(ours).all()
+    worst = np.abs(ours - wanted).max() / np.ptp(wanted)
+    other = (ours.argmax(1) != wanted.argmax(1)).mean()
+    print(f"{name}: max error {worst:.1e} of the range, top-1 differs in {other:.1%}")
+    assert worst <= error and other <= disagreement
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_greedy_tokens(made, sessions, name):
+    on_gpu, on_cpu = sessions(name)
+    prompt = tokens(made(name)[0], 12)
+    assert greedy(on_gpu, [prompt]) == greedy(on_cpu, [prompt])
+
+
+@pytest.mark.parametrize("name", ["stories-fp32", "smollm2-int4"])
+def test_chunked_prefill_and_batches_equal_each_prompt_alone(made, sessions, name):
+    on_gpu, _ = sessions(name)
+    ids = tokens(made(name)[0], 90)
+    prompts = [ids[:90], ids[3:8], ids[10:75]]
+    alone = [greedy(on_gpu, [prompt], chunk=64)[0] for prompt in prompts]
+    assert [greedy(on_gpu, [prompt], chunk=7)[0] for prompt in prompts] == alone
+    assert greedy(on_gpu, prompts) == alone
+
+
+@pytest.mark.parametrize("strategy", ["LAZY", "EAGER", "NONE"])
+def test_every_kernel_specialization_gives_the_same_tokens(made, sessions, strategy):
+    if not choose(need="run").can("kernel_specialization"):
+        pytest.skip("this flavor has no kernel specialization")
+    on_gpu, on_cpu = sessions("smollm2-int4", kernel_specialization=strategy)
+    prompt = tokens(made("smollm2-int4")[0], 12)
+    assert strategy in on_gpu.description
+    assert greedy(on_gpu, [prompt]) == greedy(on_cpu, [prompt])
+
+
+def test_streamed_weights_give_the_same_tokens(made, sessions, tmp_path):
+    package, _ = made("smollm2-int4")
+    engine = build(package.path, tmp_path / "engine", max_seq=128, chunk=64, weight_streaming=True).engine
+    on_gpu, _ = sessions("smollm2-int4")
+    streamed = TrtSession(engine, weight_budget=engine.plan.stat().st_size // 2)
+    prompt = tokens(package, 12)
+    try:
+        assert greedy(streamed, [prompt]) == greedy(on_gpu, [prompt])
+    finally:
+        streamed.close()
+
+
+def test_a_stripped_plan_is_small(made, tmp_path):
+    package, engine = made("smollm2-int4")
+    if not choose().can("strip"):
+        pytest.skip("this flavor has no STRIP_PLAN")
+    stripped = build(package.path, tmp_path / "engine", max_batch=3, max_seq=512, chunk=64, strip=True).engine
+    assert stripped.manifest["flags"] == ["REFIT_IDENTICAL", "STRIP_PLAN"]
+    assert stripped.plan.stat().st_size < engine.plan.stat().st_size / 3
+
+
+def test_closing_gives_all_memory_back(made):
+    _, engine = made("stories-fp16")
+    probe = Cuda()
+    try:
+        TrtSession(engine).close()  # the first load keeps some of the driver's own
+        before = probe.free_bytes()
+        for _ in range(3):
+            session = TrtSession(engine)
+            session.reserve(3, 100)
+            assert probe.free_bytes() < before
+            session.close()
+        assert before - probe.free_bytes() < 8 << 20
+    finally:
+        probe.close()
+
+
+def test_a_truncated_plan_is_refused(made, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(made("stories-fp16")[1].path, tmp_path / "engine")
+    plan = (folder / "engine.plan").read_bytes()
+    (folder / "engine.plan").write_bytes(plan[: len(plan) // 2])
+    with pytest.raises(UserError, match=r"engine\.plan has"):
+        open_engine(folder)
+    with pytest.raises(UserError, match="does not load"):
+        TrtSession(open_engine(folder, verify=False))
+
+
+def test_the_engine_of_a_package_is_found_again(made):
+    package, engine = made("stories-fp16")
+    assert open_package(engine.package_path).digest == package.digest

@@ -1,0 +1,306 @@
+"""The token loop, LLM and its limits over a session that remembers exactly what it was told."""
+
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+import samples
+
+from llmtrt.errors import UserError
+from llmtrt.package import ModelSpec
+from llmtrt.runtime.llm import LLM
+from llmtrt.runtime.load import Loaded
+from llmtrt.runtime.params import SamplingParams
+
+VOCAB, EOS = 512, 2
+UNWRITTEN = -1
+
+
+def spec(max_seq=64, eos=(EOS,)):
+    return ModelSpec("fake", 1, 1, 8, VOCAB, max_seq, "float32", "float32", 1, eos)
+
+
+def logits_after(sequence):
+    """The model: logits [V] that depend on every token and on the order of all."""
+    digest = hashlib.sha256(np.asarray(sequence, np.int64).tobytes()).digest()
+    logits = np.random.default_rng(int.from_bytes(digest[:8], "little")).normal(size=VOCAB).astype(np.float32) * 4
+    logits[3:259] -= 50  # the tokenizer's bytes, which rarely join to UTF-8
+    return logits
+
+
+def greedy(prompt, count, eos=(EOS,)):
+    """What the model says alone, without cache, chunk or batch."""
+    out = []
+    while len(out) < count:
+        out.append(int(logits_after(list(prompt) + out).argmax()))
+        if out[-1] in eos:
+            break
+    return out
+
+
+class FakeSession:
+    """A KV cache of token ids: a row's logits come from the cache up to its position, as attention would see it."""
+
+    description = "fake"
+
+    def __init__(self, chunk, spec):
+        self.spec, self.chunk, self.steps, self.closed = spec, chunk, [], False
+
+    def reserve(self, slots, max_seq):
+        self.reserved = (slots, max_seq)
+        self.cache = np.full((slots, max_seq + self.chunk), UNWRITTEN)
+
+    def step(self, input_ids, positions, logits_index):
+        slots, rows = input_ids.shape
+        assert input_ids.dtype == positions.dtype == logits_index.dtype == np.int64
+        assert slots == len(self.cache) and positions.shape == (slots, rows) and logits_index.shape[0] == slots
+        assert 1 <= rows <= self.chunk
+        assert (np.diff(positions, axis=1) == 1).all()
+        assert positions.min() >= 0 and positions.max() < self.cache.shape[1], "ONNX Runtime raises, TensorRT drops"
+        assert 0 <= logits_index.min() and logits_index.max() < rows
+        self.steps.append((slots, rows))
+        np.put_along_axis(self.cache, positions, input_ids, 1)
+        out = np.empty((*logits_index.shape, VOCAB), np.float32)
+        for slot in range(slots):
+            for place, row in enumerate(logits_index[slot]):
+                seen = self.cache[slot, : positions[slot, row] + 1]
+                out[slot, place] = np.nan if (seen == UNWRITTEN).any() else logits_after(seen)
+        return out
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def llm(tmp_path):
+    return make(tmp_path)
+
+
+def make(folder, chunk=7, generation=None, max_batch=4, max_seq=None, **fields):
+    return LLM.from_loaded(Loaded(FakeSession(chunk, spec(**fields)), folder, generation or {}), max_batch, max_seq)
+
+
+def with_tokenizer(folder, **options):
+    shutil.copy(samples.stories260k() / "tokenizer.json", folder)
+    return make(folder, **options)
+
+
+def prompts_of(lengths):
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, VOCAB, length).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64])
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 14, 30])
+def test_chunked_prefill_and_decode_are_the_model(tmp_path, chunk, length):
+    (prompt,) = prompts_of([length])
+    done = make(tmp_path, chunk).generate(prompt, SamplingParams(max_tokens=20))
+    assert done.token_ids == greedy(prompt, 20)
+    assert done.prompt_tokens == length and done.text == ""
+
+
+@pytest.mark.parametrize("lengths", [(1, 30), (30, 1), (7, 8, 14, 15), (3, 3), (21, 2, 20, 5, 1, 30, 6)])
+@pytest.mark.parametrize("chunk", [3, 7, 64])
+def test_many_prompts_of_different_lengths(tmp_path, chunk, lengths):
+    prompts = prompts_of(lengths)
+    params = [SamplingParams(max_tokens=1 + 5 * (index % 5)) for index in range(len(prompts))]
+    done = make(tmp_path, chunk).generate(prompts, params)
+    assert [each.token_ids for each in done] == [greedy(p, q.max_tokens) for p, q in zip(prompts, params)]
+
+
+def test_memory_is_reserved_for_what_is_asked(llm):
+    llm.generate(prompts_of([5, 9, 2, 2, 2]), SamplingParams(max_tokens=10))
+    assert llm._session.reserved == (1, 12)  # the second turn has the fifth prompt alone
+    llm.generate(prompts_of([40]), SamplingParams(max_tokens=None))
+    assert llm._session.reserved == (1, 64)
+
+
+def test_prefill_and_decode_steps(llm):
+    done = llm.generate(prompts_of([16, 3]), SamplingParams(max_tokens=5, ignore_eos=True))
+    assert llm._session.steps == [(2, 7), (2, 7), (2, 2)] + [(2, 1)] * 4
+    assert [each.finish_reason for each in done] == ["length"] * 2
+
+
+def test_seed_is_the_same_alone_and_in_any_batch(llm):
+    prompts = prompts_of([5, 11, 3])
+    params = [
+        SamplingParams(max_tokens=15, temperature=1.5, top_k=50, seed=seed, ignore_eos=True) for seed in (1, 2, 1)
+    ]
+    alone = [llm.generate(prompt, each).token_ids for prompt, each in zip(prompts, params)]
+    assert [each.token_ids for each in llm.generate(prompts, params)] == alone
+    assert [each.token_ids for each in llm.generate(prompts[::-1], params[::-1])][::-1] == alone
+    assert llm.generate(prompts[0], params[1]).token_ids != alone[0]
+    free = SamplingParams(max_tokens=15, temperature=1.5)
+    assert llm.generate(prompts[0], free).token_ids != llm.generate(prompts[0], free).token_ids
+
+
+def test_every_eos_id_stops_and_ignore_eos_does_not(tmp_path):
+    (prompt,) = prompts_of([5])
+    free = greedy(prompt, 12, ())
+    done = make(tmp_path, eos=(free[8], free[4])).generate(prompt, SamplingParams(max_tokens=12))
+    assert (done.token_ids, done.finish_reason) == (free[:5], "stop")
+    done = make(tmp_path, eos=(free[4],)).generate(prompt, SamplingParams(max_tokens=12, ignore_eos=True))
+    assert (done.token_ids, done.finish_reason) == (free, "length")
+    stop = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[free[6]])
+    assert make(tmp_path).generate(prompt, stop).token_ids == free[:7]
+
+
+@pytest.mark.parametrize("length", [1, 40, 62, 63])
+def test_context_limit_ends_cleanly(tmp_path, length):
+    (prompt,) = prompts_of([length])
+    llm = make(tmp_path, eos=())
+    done = llm.generate(prompt, SamplingParams(max_tokens=None))
+    assert (len(done.token_ids), done.finish_reason) == (64 - length, "length")
+    assert done.token_ids == greedy(prompt, 64 - length, ())
+    short = make(tmp_path, eos=(), max_seq=length + 1).generate(prompt, SamplingParams(max_tokens=100))
+    assert short.token_ids == done.token_ids[:1]
+
+
+def test_generation_config_is_the_default(tmp_path):
+    (prompt,) = prompts_of([5])
+    generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 7}
+    assert make(tmp_path, generation=generation).default_params == SamplingParams(
+        max_tokens=7, temperature=0.6, top_p=0.9, top_k=50
+    )
+    assert len(make(tmp_path, generation={"max_new_tokens": 3}, eos=()).generate(prompt).token_ids) == 3
+    with pytest.raises(UserError, match="generation_config.json.*temperature"):
+        make(tmp_path, generation={"do_sample": True, "temperature": -1})
+
+
+def test_logprobs(llm):
+    (prompt,) = prompts_of([5])
+    done = llm.generate(
+        prompt, SamplingParams(max_tokens=6, temperature=2.0, seed=3, logprobs=3, repetition_penalty=1.3)
+    )
+    assert [entry.token_id for entry in done.logprobs] == done.token_ids
+    for step, entry in enumerate(done.logprobs):
+        raw = logits_after(prompt + done.token_ids[:step]).astype(np.float64)
+        expected = raw - np.log(np.exp(raw).sum())
+        assert entry.logprob == pytest.approx(expected[entry.token_id], abs=1e-5)
+        assert [index for index, _ in entry.top] == np.argsort(-expected)[:3].tolist()
+        assert [value for _, value in entry.top] == pytest.approx(np.sort(expected)[::-1][:3], abs=1e-5)
+    assert llm.generate(prompt, SamplingParams(max_tokens=2)).logprobs is None
+
+
+def test_text_streams_and_stops(tmp_path):
+    llm = with_tokenizer(tmp_path, eos=())
+    tokenizer = samples.read_tokenizer(tmp_path)
+    prompt = "Once upon a time"
+    params = SamplingParams(max_tokens=40)
+    whole = llm.generate(prompt, params)
+    ids = tokenizer.encode(prompt).ids
+    assert ids[0] == 1 and whole.prompt_tokens == len(ids)
+    assert whole.token_ids == greedy(ids, 40, ())
+    assert prompt + whole.text == tokenizer.decode(ids + whole.token_ids)
+    pieces = list(llm.generate_stream(prompt, params))
+    assert "".join(piece.text for piece in pieces) == whole.text == pieces[-1].completion.text
+    assert [piece.token_id for piece in pieces] == whole.token_ids
+    assert [piece.finish_reason for piece in pieces] == [None] * 39 + ["length"]
+    stop = whole.text[20:24]
+    stopped = llm.generate(prompt, SamplingParams(max_tokens=40, stop=["never there", stop]))
+    assert stopped.text == whole.text[: whole.text.index(stop)] and stopped.finish_reason == "stop"
+    assert stopped.token_ids == whole.token_ids[: len(stopped.token_ids)] != whole.token_ids
+    # A stop token's own text is not shown, and text that only began like a stop string is.
+    end = SamplingParams(max_tokens=40, stop_token_ids=[whole.token_ids[9]], stop=[whole.text[-1] + "x"])
+    shown = llm.generate(prompt, end)
+    assert shown.token_ids == whole.token_ids[:10] and whole.text.startswith(shown.text)
+    assert llm.generate(prompt, SamplingParams(max_tokens=40, stop=[whole.text[-1] + "x"])).text == whole.text
+
+
+def test_many_streams_carry_their_index(tmp_path):
+    llm = with_tokenizer(tmp_path, max_batch=2)
+    prompts = ["one", "two three four five", [5, 6, 7]]
+    params = SamplingParams(max_tokens=6)
+    texts, done = [""] * 3, {}
+    for piece in llm.generate_stream(prompts, params):
+        texts[piece.index] += piece.text
+        if piece.completion:
+            done[piece.index] = piece.completion
+    whole = llm.generate(prompts, params)
+    assert texts == [each.text for each in whole]
+    assert [done[index].token_ids for index in range(3)] == [each.token_ids for each in whole]
+
+
+def test_a_stream_ends_when_another_call_takes_the_cache(llm):
+    (prompt,) = prompts_of([5])
+    first = llm.generate_stream(prompt)
+    next(first)
+    llm.generate(prompt, SamplingParams(max_tokens=2))
+    with pytest.raises(UserError, match="later call"):
+        next(first)
+
+
+def test_logits_are_those_of_every_token(llm):
+    (prompt,) = prompts_of([23])
+    logits = llm.logits(prompt)
+    assert logits.shape == (23, VOCAB)
+    for place in range(23):
+        np.testing.assert_array_equal(logits[place], logits_after(prompt[: place + 1]))
+
+
+def test_one_prompt_gives_one_and_a_list_gives_a_list(llm):
+    (prompt,) = prompts_of([5])
+    params = SamplingParams(max_tokens=2)
+    assert llm.generate([prompt], params)[0].token_ids == llm.generate(prompt, params).token_ids
+    assert llm.generate(np.array(prompt), params).token_ids == llm.generate(tuple(prompt), params).token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompts", "match"),
+    [
+        ([], "empty"),
+        ([[]], "empty"),
+        ([[3], []], "empty"),
+        ([3, VOCAB], "token id 512 is out of range"),
+        ([3, -1], "token id -1 is out of range"),
+        ([3, 1 << 80], "out of range"),
+        ([3, 2.5], "list of token ids"),
+        ([4] * 64, "64 tokens and the context of 64 has room for 63"),
+        ("text", "no tokenizer.json"),
+        (7, "should be a text"),
+        ([{"a": 1}], "should be a text or a list"),
+    ],
+)
+def test_bad_prompts(llm, prompts, match):
+    with pytest.raises(UserError, match=match):
+        llm.generate_stream(prompts)  # told by the call itself, before the first piece
+    assert llm._session.steps == []
+
+
+def test_bad_calls(llm, tmp_path):
+    with pytest.raises(UserError, match="2 SamplingParams"):
+        llm.generate([[3]], [SamplingParams(), SamplingParams()])
+    with pytest.raises(UserError, match="stop_token_ids"):
+        llm.generate([3], SamplingParams(stop="x"))
+    with pytest.raises(UserError, match="room for 64"):
+        make(tmp_path, max_seq=65)
+    with pytest.raises(UserError, match="empty"):
+        with_tokenizer(tmp_path).generate("")
+    with pytest.raises(UserError, match="no chat template"):
+        with_tokenizer(tmp_path).chat([{"role": "user", "content": "hi"}])
+    with pytest.raises(UserError, match="room for 63"):
+        with_tokenizer(tmp_path).generate("word " * 200)
+    with pytest.raises(UserError, match="is not a folder"):
+        LLM(tmp_path / "nothing")
+    with pytest.raises(UserError, match="max_batch"):
+        LLM(tmp_path, max_batch=0)
+    with pytest.raises(UserError, match="runtime should be one of"):
+        LLM(tmp_path, runtime="cuda")
+
+
+def test_closing(tmp_path):
+    with make(tmp_path) as llm:
+        assert not llm._session.closed
+    assert llm._session.closed
+
+
+def test_overflowing_model_is_named(llm, monkeypatch):
+    monkeypatch.setattr(FakeSession, "step", lambda *_: np.full((1, 1, VOCAB), np.nan, np.float32))
+    for params in (
+        SamplingParams(),
+        SamplingParams(temperature=1.0, top_k=5),
+        SamplingParams(temperature=1.0, top_p=0.5),
+    ):
+        with pytest.raises(UserError, match="overflow"):
+            llm.generate([3], params)

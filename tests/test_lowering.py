@@ -1,0 +1,180 @@
+"""Lowerings against the canonical form: the same numbers on ONNX Runtime, and engines where that form gives none."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import TensorProto, helper
+
+from llmtrt.engine.flavor import choose
+from llmtrt.engine.logger import make_logger
+from llmtrt.engine.parse import parse
+from llmtrt.errors import UserError
+from llmtrt.graph.lowering import Lowering, Target, lower
+from llmtrt.graph.lowerings import LOWERINGS
+
+CAPACITY = 48
+TARGET = Target("rtx", frozenset(), CAPACITY)
+TYPES = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+
+
+def attention_model(dtype: str, heads: int, kv_heads: int, head_dim: int, **attributes) -> ir.Model:
+    """The contract's attention: write k, v into the cache at write_at, attend to its first L rows under a mask."""
+    kind = TYPES[dtype]
+    cache = ["B", kv_heads, "capacity", head_dim]
+    inputs = [
+        ("q", kind, ["B", heads, "S", head_dim]),
+        ("k", kind, ["B", kv_heads, "S", head_dim]),
+        ("v", kind, ["B", kv_heads, "S", head_dim]),
+        ("write_at", TensorProto.INT64, ["B"]),
+        ("kv_range", TensorProto.INT64, ["L"]),
+        ("mask", TensorProto.BOOL, ["B", 1, "S", "L"]),
+        ("past_key_0", kind, cache),
+        ("past_value_0", kind, cache),
+    ]
+    outputs = [
+        ("y", kind, ["B", heads, "S", head_dim]),
+        ("present_key_0", kind, cache),
+        ("present_value_0", kind, cache),
+    ]
+    nodes = [
+        helper.make_node("TensorScatter", ["past_key_0", "k", "write_at"], ["present_key_0"], axis=2),
+        helper.make_node("TensorScatter", ["past_value_0", "v", "write_at"], ["present_value_0"], axis=2),
+        helper.make_node("Shape", ["kv_range"], ["length"]),
+        helper.make_node("Slice", ["present_key_0", "zero", "length", "two"], ["keys"]),
+        helper.make_node("Slice", ["present_value_0", "zero", "length", "two"], ["values"]),
+        helper.make_node("Attention", ["q", "keys", "values", "mask"], ["y"], name="layer.0/Attention", **attributes),
+    ]
+    constants = [helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in (("zero", 0), ("two", 2))]
+    graph = helper.make_graph(
+        nodes,
+        "attention",
+        [helper.make_tensor_value_info(*value) for value in inputs],
+        [helper.make_tensor_value_info(*value) for value in outputs],
+        constants,
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11))
+
+
+def run(model: ir.Model, feeds: dict) -> list[np.ndarray]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def build(model: ir.Model, feeds: dict) -> tuple[bool, str]:
+    """Whether TensorRT builds it for the shapes of ``feeds``, and its reason if not."""
+    flavor = choose()
+    trt, logger = flavor.module, make_logger(flavor)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = parse(flavor, network, ir.to_proto(model).SerializeToString(), "model.onnx", logger)
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    for name, value in feeds.items():
+        profile.set_shape(name, value.shape, value.shape, value.shape)
+    config.add_optimization_profile(profile)
+    built = builder.build_serialized_network(network, config)
+    del parser
+    return built is not None, logger.reason()
+
+
+def feeds_for(dtype: str, heads: int, kv_heads: int, head_dim: int, rows: int = 5, batch: int = 2) -> dict:
+    rng = np.random.default_rng(heads * head_dim)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(dtype)
+
+    write_at = np.array([0, 17], np.int64)[:batch]
+    positions = (write_at[:, None] + np.arange(rows))[:, None, :, None]
+    columns = np.arange(32)
+    return {
+        "q": draw(batch, heads, rows, head_dim),
+        "k": draw(batch, kv_heads, rows, head_dim),
+        "v": draw(batch, kv_heads, rows, head_dim),
+        "write_at": write_at,
+        "kv_range": columns.astype(np.int64),
+        "mask": (columns <= positions) & (columns > positions - 9),
+        "past_key_0": draw(batch, kv_heads, CAPACITY, head_dim),
+        "past_value_0": draw(batch, kv_heads, CAPACITY, head_dim),
+    }
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 2), (3, 1), (5, 5)])
+@pytest.mark.parametrize("dtype, head_dim, tolerance", [("float32", 16, 2e-6), ("float16", 8, 4e-3)])
+def test_decomposed_attention_has_the_canonical_numbers(heads, kv_heads, dtype, head_dim, tolerance):
+    for attributes in ({}, {"scale": 0.7, "is_causal": 0}):
+        model = attention_model(dtype, heads, kv_heads, head_dim, **attributes)
+        feeds = feeds_for(dtype, heads, kv_heads, head_dim)
+        lowered, names = lower(model, TARGET)
+        assert names == ["static_capacity", "decomposed_attention"]
+        assert "Attention" not in {node.op_type for node in lowered.graph}
+        onnx.checker.check_model(ir.to_proto(lowered), full_check=True)
+        (y, *caches), (wanted, *wanted_caches) = run(lowered, feeds), run(model, feeds)
+        assert wanted.std() > 0.1
+        assert np.abs(y.astype(np.float64) - wanted).max() <= tolerance
+        assert all(np.array_equal(a, b) for a, b in zip(caches, wanted_caches))
+
+
+def test_a_row_that_sees_nothing_stays_finite():
+    feeds = feeds_for("float16", 4, 2, 8)
+    feeds["mask"][1, :, -1] = False  # a row of padding beyond its window
+    lowered, _ = lower(attention_model("float16", 4, 2, 8), TARGET)
+    assert np.isfinite(run(lowered, feeds)[0]).all()
+
+
+@pytest.mark.parametrize(
+    "dtype, heads, head_dim, rows",
+    [
+        ("float32", 4, 16, 5),
+        ("float16", 4, 8, 5),
+        ("float16", 4, 12, 5),
+        ("float16", 4, 264, 5),
+        ("float16", 3, 16, 1),
+    ],
+)
+def test_decomposed_attention_builds_where_the_canonical_form_does_not(dtype, heads, head_dim, rows):
+    pytest.importorskip("tensorrt_rtx_bindings")
+    model, feeds = attention_model(dtype, heads, 1, head_dim), feeds_for(dtype, heads, 1, head_dim, rows, batch=1)
+    built, reason = build(lower(model, TARGET, LOWERINGS[:1])[0], feeds)
+    assert not built and reason
+    lowered, names = lower(model, TARGET)
+    assert names == ["static_capacity", "decomposed_attention"]
+    assert build(lowered, feeds) == (True, "")
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 256])
+def test_native_attention_stays_where_it_builds(head_dim):
+    pytest.importorskip("tensorrt_rtx_bindings")
+    model, names = lower(attention_model("float16", 4, 2, head_dim), TARGET)
+    assert names == ["static_capacity"]
+    assert build(model, feeds_for("float16", 4, 2, head_dim, rows=1, batch=1)) == (True, "")
+
+
+def test_static_capacity_fixes_caches_in_a_copy():
+    model = attention_model("float16", 4, 2, 16)
+    lowered, _ = lower(model, TARGET)
+    shapes = {value.name: list(value.shape) for value in [*lowered.graph.inputs, *lowered.graph.outputs]}
+    caches = [shapes[f"{when}_{what}_0"] for when in ("past", "present") for what in ("key", "value")]
+    assert [shape[1:] for shape in caches] == [[2, CAPACITY, 16]] * 4
+    assert not isinstance(next(v for v in model.graph.inputs if v.name == "past_key_0").shape[2], int)
+    fixed, _ = lower(lowered, TARGET)  # again: nothing left to do
+    with pytest.raises(UserError, match="past_key_0.*64 was expected"):
+        lower(fixed, Target("rtx", frozenset(), 64))
+
+
+def test_an_attention_that_is_not_the_contracts_is_refused_by_name():
+    with pytest.raises(UserError, match=r"layer\.0/Attention.*softcap"):
+        lower(attention_model("float32", 4, 2, 16, softcap=30.0), TARGET)
+
+
+def test_a_lowering_is_applied_only_where_it_says_so():
+    seen = []
+    lowerings = [
+        Lowering("never", lambda m, t: False, lambda m, t: seen.append(m)),
+        Lowering("small", lambda m, t: t.capacity < 64, lambda m, t: m),
+    ]
+    assert lower(attention_model("float16", 4, 2, 8), TARGET, lowerings)[1] == ["small"]
+    assert not seen

@@ -1,0 +1,196 @@
+"""TrtSession on a fake GPU (see fake_gpu) against OrtSession: the same numbers through other memory."""
+
+import sys
+
+import fake_gpu
+import families
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorrt_rtx_bindings")
+
+from llmtrt.engine import flavor as flavors
+from llmtrt.engine.build import build
+from llmtrt.engine.gpu import Gpus
+from llmtrt.engine.manifest import open_engine
+from llmtrt.errors import UserError
+from llmtrt.package import open_package
+from llmtrt.quantization.pipeline import quantize
+from llmtrt.runtime import tensorrt as runtime
+from llmtrt.runtime.onnxruntime import OrtSession
+from llmtrt.runtime.tensorrt import TrtSession
+
+CHUNK = 8
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("session")
+    quantize(families.save("mistral", folder / "checkpoint"), folder / "package", "fp32")
+    return build(folder / "package", folder / "engine", max_batch=3, max_seq=40, chunk=CHUNK).engine
+
+
+@pytest.fixture
+def machine(engine, monkeypatch):
+    """Replaces GPU, CUDA and TensorRT; ``machine(...)`` again changes what they are."""
+
+    def replace(total: int = 1 << 30, version: str | None = None, gpus: Gpus = fake_gpu.GPU):
+        cuda = fake_gpu.FakeCuda(total)
+        trt = fake_gpu.FakeTensorRT(engine, cuda, version)
+        monkeypatch.setattr(runtime, "find_gpus", lambda: gpus)
+        monkeypatch.setattr(flavors, "_find", lambda name: flavors.describe(name, trt))
+        bindings = type(sys)("cuda.bindings")
+        bindings.runtime = cuda
+        for name, module in (("cuda", type(sys)("cuda")), ("cuda.bindings", bindings), ("cuda.bindings.runtime", cuda)):
+            monkeypatch.setitem(sys.modules, name, module)
+        return cuda, trt
+
+    return replace
+
+
+@pytest.fixture
+def reference(engine):
+    session = OrtSession(open_package(engine.package_path, verify=False), threads=1, accuracy_level=1, chunk=CHUNK)
+    yield session
+    session.close()
+
+
+def drive(session, prompts, steps):
+    """Prefill of prompts of different lengths in chunks, then greedy decode; the logits of every step."""
+    seen, ids = [], [list(prompt) for prompt in prompts]
+    lengths = np.array([[len(prompt)] for prompt in prompts])
+    session.reserve(len(prompts), int(lengths.max()) + steps)
+    for start in range(0, int(lengths.max()), CHUNK):
+        rows = min(CHUNK, int(lengths.max()) - start)
+        part = np.zeros((len(prompts), rows), np.int64)
+        for slot, prompt in enumerate(prompts):
+            part[slot, : len(prompt[start : start + rows])] = prompt[start : start + rows]
+        index = np.clip(lengths - 1 - start, 0, rows - 1)
+        logits = session.step(part, np.minimum(lengths, start) + np.arange(rows), index)
+        seen.append(logits)
+        for slot in range(len(prompts)):
+            if 0 <= lengths[slot, 0] - 1 - start < rows:
+                ids[slot].append(int(logits[slot, 0].argmax()))
+    for _ in range(steps):
+        last = np.array([[tokens[-1]] for tokens in ids])
+        logits = session.step(last, np.array([[len(tokens) - 1] for tokens in ids]), np.zeros((len(ids), 1), np.int64))
+        seen.append(logits)
+        for slot, tokens in enumerate(ids):
+            tokens.append(int(logits[slot, 0].argmax()))
+    return ids, seen
+
+
+def test_chunked_batches_equal_onnxruntime(engine, machine, reference):
+    cuda, trt = machine()
+    session = TrtSession(engine)
+    assert "Fake GPU" in session.description and "NONE" in session.description
+    rng = np.random.default_rng(0)
+    for prompts in (
+        [rng.integers(0, 97, n) for n in (19, 3, 8)],
+        [rng.integers(0, 97, 5)],
+        [rng.integers(0, 97, 30)] * 2,
+    ):
+        ids, logits = drive(session, prompts, 6)
+        wanted_ids, wanted = drive(reference, prompts, 6)
+        assert ids == wanted_ids
+        assert all(np.abs(a - b).max() <= 1e-4 * np.ptp(b) for a, b in zip(logits, wanted, strict=True))
+    decode, prefill = trt.contexts
+    assert {run["input_ids"][1] for run in decode.runs} == {1}
+    assert {run["input_ids"][1] for run in prefill.runs} >= {CHUNK}
+    session.close()
+    session.close()
+    assert not cuda.live and not cuda.streams
+
+
+def test_all_rows_of_a_chunk_can_be_wanted(engine, machine, reference):
+    cuda, _ = machine()
+    session = TrtSession(engine)
+    ids, rows = np.random.default_rng(1).integers(0, 97, (2, CHUNK)), np.tile(np.arange(CHUNK), (2, 1))
+    for each in (session, reference):
+        each.reserve(2, 20)
+    first, wanted = session.step(ids, rows, rows), reference.step(ids, rows, rows)
+    assert first.shape == (2, CHUNK, 97) and np.abs(first - wanted).max() <= 1e-4 * np.ptp(wanted)
+    kept = first.copy()
+    session.step(ids, rows + CHUNK, rows)
+    assert np.array_equal(first, kept)  # a step's logits are the caller's own
+    session.close()
+    assert not cuda.live
+
+
+def test_a_step_beyond_what_was_reserved_is_an_error_and_not_a_lost_row(engine, machine):
+    machine()
+    session = TrtSession(engine)
+    session.reserve(1, 10)
+    one = np.zeros((1, 1), np.int64)
+    with pytest.raises(ValueError, match="more than what was reserved"):
+        session.step(one, one + engine.capacity, one)
+    with pytest.raises(ValueError, match="more than what was reserved"):
+        session.step(np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64))
+    session.close()
+
+
+def test_more_than_the_engine_holds_is_refused(engine, machine):
+    machine()
+    session = TrtSession(engine)
+    with pytest.raises(UserError, match="runs 3 sequences at a time, not 4.*--max-batch 4"):
+        session.reserve(4, 10)
+    with pytest.raises(UserError, match="built for 40 tokens, not 41.*--max-seq 41"):
+        session.reserve(1, 41)
+    session.close()
+
+
+@pytest.mark.parametrize(
+    "room, message",
+    [
+        (lambda plan, cache: plan + cache - 1, "for the KV cache of one sequence, but .* GB are free"),
+        (lambda plan, cache: plan + cache, "3 sequences need .* GB of GPU memory for the KV cache"),
+    ],
+)
+def test_memory_is_predicted_before_it_is_taken(engine, machine, room, message):
+    cache = engine.capacity * engine.spec.kv_bytes_per_token()
+    # The fake holds no weights, so what the plan takes stays free until the cache is asked for.
+    total = room(engine.plan.stat().st_size, cache)
+    cuda, _ = machine(total)
+    with pytest.raises(UserError, match=message):
+        session = TrtSession(engine)
+        cuda.total = 3 * cache - 1
+        session.reserve(3, 40)
+
+
+def test_a_failed_load_leaves_no_memory_behind(engine, machine, monkeypatch):
+    cuda, _ = machine()
+    monkeypatch.setattr(TrtSession, "_find_caches", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        TrtSession(engine)
+    assert not cuda.live and not cuda.streams
+
+
+def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_path):
+    output = tmp_path / "targeted"
+    targeted = build(engine.package_path, output, max_seq=16, chunk=8, compute_capabilities=("12.0",)).engine
+    machine(version="1.7.1.116")
+    with pytest.raises(
+        UserError, match=rf"built with TensorRT rtx {engine.flavor_version} and 1\.7\.1\.116 is installed"
+    ):
+        TrtSession(engine)
+    machine(gpus=Gpus((), problem="the NVIDIA driver sees no GPU"))
+    with pytest.raises(UserError, match="needs an NVIDIA GPU, but the NVIDIA driver sees no GPU"):
+        TrtSession(engine)
+    machine()
+    with pytest.raises(UserError, match="kernel_specialization should be LAZY, EAGER, NONE, but is 'FAST'"):
+        TrtSession(engine, kernel_specialization="FAST")
+    with pytest.raises(UserError, match="built for compute capability 12.0, but Fake GPU has 8.9"):
+        TrtSession(targeted)
+    for content in (b"", b"half a plan"):
+        (targeted.path / "engine.plan").write_bytes(content)
+        truncated = open_engine(targeted.path, verify=False)
+        truncated.manifest["compute_capabilities"] = []
+        with pytest.raises(UserError, match=r"does not load .*engine\.plan \(.*the plan is damaged\)"):
+            TrtSession(truncated)
+
+
+def test_missing_cuda_bindings_name_the_command(engine, machine, monkeypatch):
+    machine()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(UserError, match="pip install 'cuda-bindings==12"):
+        TrtSession(engine)
