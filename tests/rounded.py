@@ -24,9 +24,17 @@ def dequantized(folder: Path) -> dict[str, np.ndarray]:
             matrices[node.input[1]] = stored[node.input[1]].astype(np.float64)
     table = stored["model.embed_tokens.weight"]
     if table.dtype == np.int32:
-        bytes_ = np.stack([((table.astype(np.int64) + 0x80808080) >> 8 * i & 255) - 128 for i in range(4)], axis=-1)
-        table = bytes_.reshape(len(table), -1) * stored["model.embed_tokens.weight_scale"].astype(np.float64)
+        scale = stored["model.embed_tokens.weight_scale"].astype(np.float64)
+        q = unpacked(table, 8 if scale.shape[1] == 1 else 4)
+        table = q * np.repeat(scale, q.shape[1] // scale.shape[1], axis=1)
     return matrices | {"model.embed_tokens.weight": table}
+
+
+def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
+    """int32 [V, C] → the 32 / bits values of each, int64 [V, C · 32 / bits]: its digits less half the base."""
+    half = 1 << bits - 1
+    values = [(words.view(np.uint32).astype(np.int64) >> bits * i & 2 * half - 1) - half for i in range(32 // bits)]
+    return np.stack(values, axis=-1).reshape(len(words), -1)
 
 
 def rounded_model(name: str, folder: Path) -> torch.nn.Module:

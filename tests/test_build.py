@@ -134,13 +134,25 @@ def test_an_output_that_exists_stays(package, tmp_path):
     assert os.listdir(tmp_path) == ["engine"]
 
 
-def test_a_node_that_the_parser_refuses_is_named(package, tmp_path):
-    def spoil(model):
-        node = next(node for node in model.graph.node if node.op_type == "Attention")
-        node.attribute.append(onnx.helper.make_attribute("softcap", 20.0))
-        return node.name
+@pytest.fixture
+def unlinted(monkeypatch):
+    """The linter would name these graphs' faults before TensorRT sees them."""
+    monkeypatch.setattr("llmtrt.graph.lint.lint_model", lambda *_, **__: [])
 
-    changed, name = _changed(package, tmp_path, spoil)
+
+def test_a_graph_that_breaks_a_rule_is_refused_before_tensorrt_starts(package, tmp_path):
+    changed, name = _changed(package, tmp_path, _softcap)
+    _fails(rf"model\.onnx: {name} \(Attention\) breaks the rule attention-softcap: ", changed, tmp_path)
+
+
+def _softcap(model):
+    node = next(node for node in model.graph.node if node.op_type == "Attention")
+    node.attribute.append(onnx.helper.make_attribute("softcap", 20.0))
+    return node.name
+
+
+def test_a_node_that_the_parser_refuses_is_named(package, tmp_path, unlinted):
+    changed, name = _changed(package, tmp_path, _softcap)
     _fails(rf"refuses node '{name}' \(Attention\): .*\[[A-Z_]+\]$", changed, tmp_path)
 
 
@@ -155,7 +167,7 @@ def test_a_graph_that_is_not_onnx_or_reaches_outside_is_refused(package, tmp_pat
     _fails("not a readable ONNX model", changed, tmp_path, verify=False)
 
 
-def test_a_failed_compilation_says_why(tmp_path, monkeypatch):
+def test_a_failed_compilation_says_why(tmp_path, monkeypatch, unlinted):
     quantize(families.save("llama-gqa-tied", tmp_path / "checkpoint"), tmp_path / "package", "fp16")
     monkeypatch.setattr(lowerings, "LOWERINGS", lowerings.LOWERINGS[:1])  # leaves attention with head dim 8 as it is
     _fails("could not build .*: .*not supported by a dedicated kernel", tmp_path / "package", tmp_path)
@@ -266,3 +278,24 @@ def _changed(package, tmp_path, change):
     manifest["files"]["model.onnx"] = files.digest_file(folder / "model.onnx")
     files.write_json(folder / "manifest.json", manifest)
     return folder, result
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("llama-rope-llama3", Recipe(group_size=16, embedding="int4", lm_head="int4")),
+        ("mistral-sliding", Recipe(group_size=16)),
+        ("qwen2-tied", Recipe(group_size=16, embedding="int8", lm_head="int8")),
+        ("qwen3-bias", Recipe(group_size=16, dtype="bfloat16")),
+        ("phi3-long", Recipe(group_size=16)),
+        ("gemma3", Recipe(algorithm="none")),
+    ],
+)
+def test_every_family_builds(name, recipe, tmp_path):
+    quantize(families.save(name, tmp_path / "checkpoint"), tmp_path / "package", recipe)
+    built = build(tmp_path / "package", tmp_path / "engine", max_batch=2, max_seq=64, chunk=16)
+    assert built.engine.plan.stat().st_size > 10_000
+    config = families.reference(name).config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    needs = config.num_attention_heads < 4 or head_dim < 16  # FACTS and lint: what has no decode kernel
+    assert ("decomposed_attention" in built.engine.manifest["lowerings"]) == needs

@@ -12,13 +12,14 @@ from families import CONFIGS, SIZES, reference, save
 
 from llmtrt import LLM, SamplingParams, quantize
 from llmtrt.graph.lint import lint
+from llmtrt.quantization.recipe import Recipe
 
 PROMPTS = [np.random.default_rng(n).integers(3, SIZES["vocab_size"], n).tolist() for n in (5, 23, 1, 14)]
 GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
 
 @functools.cache
-def package(name: str, recipe: str = "fp32", max_seq: int | None = None) -> Path:
+def package(name: str, recipe: str | Recipe = "fp32", max_seq: int | None = None) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="llmtrt-families-"))
     quantize(save(name, folder / "checkpoint"), folder / "package", recipe, max_seq)
     return folder / "package"
@@ -69,8 +70,17 @@ def test_32_greedy_tokens_equal_transformers_alone_batched_and_chunked(name):
         assert [completion.token_ids for completion in llm.generate(PROMPTS, GREEDY)] == wanted
 
 
-@pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen2-tied", "phi3-partial", "gemma3"])
-@pytest.mark.parametrize("recipe", ["int4-g32", "int4-small"])
+RECIPES = {
+    "g32": Recipe(group_size=32),
+    "int8 vocabulary": Recipe(embedding="int8", lm_head="int8"),
+    "int4 vocabulary": Recipe(group_size=16, embedding="int4", lm_head="int4"),
+    "int8 head": Recipe(lm_head="int8"),
+    "fp32 scales, part excluded": Recipe(dtype="float32", group_size=64, exclude=("*.v_proj", "*.0.mlp.*")),
+}
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-mha-untied", "phi3-partial", "gemma3"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_int4_packages_equal_transformers_with_the_same_rounded_weights(name, recipe):
     """The graph's integers, unpacked by onnx's reference and put into transformers, give the graph's logits."""
     folder = package(name, recipe)

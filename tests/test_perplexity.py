@@ -90,3 +90,12 @@ def test_smollm2_in_fp16_is_transformers_in_fp32(tmp_path):
         window = torch.tensor([ids])
         expected = math.exp(model(window, labels=window).loss.item())
     assert result["perplexity"] == pytest.approx(expected, rel=0.005)
+
+
+def test_smollm2_in_int4_keeps_to_the_anchor(tmp_path):
+    """FACTS' protocol: round to nearest in blocks of 64 gave 32.49 with modelopt; a wrong rounding or block shows here."""
+    package = quantize(samples.smollm2_gguf(), tmp_path / "int4", "int4-g64").package
+    with LLM(package.path, accuracy_level=1) as llm:
+        result = perplexity(llm, samples.data("wikitext2-test.txt").read_text()[:200_000], tokens=16384)
+    assert result["tokens"] == 16384
+    assert 31.5 < result["perplexity"] <= 32.8

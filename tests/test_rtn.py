@@ -45,14 +45,16 @@ def test_int4_packing_is_what_onnx_stores(shape):
 @pytest.mark.parametrize(("bits", "largest"), [(8, 127), (4, 7)])
 def test_tables_unpack_by_mod_and_exact_division(bits, largest):
     q = np.random.default_rng(1).integers(-largest, largest + 1, (5, 64)).astype(np.int8)
-    q[0], q[1] = largest, -largest  # the ends of int32
-    words = pack_table(q, bits).astype(object)  # Python's integers: nothing wraps
-    parts = []
-    for _ in range(32 // bits):
-        low = (words + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)
-        parts.append(low)
-        words = (words - low) // (1 << bits)
-    assert (np.stack(parts, axis=-1).reshape(q.shape) == q).all()
+    q[0], q[1], q[2] = largest, -largest, -largest - 1  # the ends of int32
+    words = pack_table(q, bits)
+    assert words.dtype == np.int32 and words.shape == (5, 64 * bits // 32)
+    words = words.astype(object)  # Python's integers: nothing wraps
+    powers = [1 << bits * j for j in range(32 // bits)]
+    for power in powers:
+        rest = words - words % power
+        assert -(1 << 31) <= min(rest.flat) and max(rest.flat) < 1 << 31  # what the graph computes in INT32
+    digits = [(words - words % power) // power % (1 << bits) - (1 << bits - 1) for power in powers]
+    assert (np.stack(digits, axis=-1).reshape(q.shape) == q).all()
 
 
 @pytest.mark.parametrize(

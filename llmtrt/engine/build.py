@@ -149,9 +149,20 @@ def _targets(flavor: Flavor, wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _lowered(package: Package, flavor: Flavor, options: _Options) -> tuple["ir.Model", list[str]]:
+    """The graph in the form that ``flavor`` takes; UserError where the linter knows that it would be refused or misread."""
+    from llmtrt.graph.lint import lint_model
     from llmtrt.graph.lowering import Target, lower
 
-    return lower(_load(package), Target(flavor.name, flavor.capabilities, options.capacity))
+    model, names = lower(_load(package), Target(flavor.name, flavor.capabilities, options.capacity))
+    errors = [finding for finding in lint_model(model, package.path, lowered=True) if finding.severity == "error"]
+    if errors:
+        first, more = (
+            errors[0],
+            f" (and {len(errors) - 1} more: see `llmtrt lint {package.path}`)" if errors[1:] else "",
+        )
+        where = f"{first.node} ({first.operator})" if first.operator else first.node
+        raise UserError(f"{package.graph}: {where} breaks the rule {first.rule}: {first.message}{more}")
+    return model, names
 
 
 def _load(package: Package) -> "ir.Model":

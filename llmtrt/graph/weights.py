@@ -34,7 +34,8 @@ class Int8:
 
 @dataclass(frozen=True)
 class PackedTable:
-    """``q`` INT32 [V, H · bits / 32]: each holds 32 / bits signed values Σ vⱼ · 2^(bits · j); ``scale`` [V, blocks]."""
+    """``q`` INT32 [V, H · bits / 32]: each holds the bits of Σ (vⱼ + 2^(bits − 1)) · 2^(bits · j) over 32 / bits values;
+    ``scale`` [V, blocks]."""
 
     q: ir.TensorProtocol
     scale: ir.TensorProtocol
