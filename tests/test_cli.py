@@ -326,3 +326,18 @@ def test_torch_is_not_imported(stories, tmp_path, arguments):
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_eval_keeps_its_result_beside_the_manifest(own_stories, tmp_path, capsys):
+    (tmp_path / "text").write_text("Once upon a time there was a little girl. " * 40)
+    before = (own_stories / "manifest.json").read_bytes()
+    for context in ("64", "128", "64"):
+        said = ["eval", str(own_stories), "--text", str(tmp_path / "text"), "--context", context, "--save"]
+        assert main(said) == 0
+    kept = json.loads((own_stories / "quality.json").read_text())["measured"]
+    assert sorted(entry["context"] for entry in kept) == [64, 128]
+    assert {entry["text"] for entry in kept} == {"text"} and all(entry["accuracy_level"] == 1 for entry in kept)
+    assert (own_stories / "manifest.json").read_bytes() == before
+    capsys.readouterr()
+    assert main(["inspect", str(own_stories)]) == 0
+    assert f"perplexity {kept[0]['perplexity']}" in capsys.readouterr().out

@@ -13,6 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text")
     parser.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of a window (default 1024)")
     parser.add_argument("--tokens", type=int, metavar="N", help="only the text's first N tokens")
+    parser.add_argument("--save", action="store_true", help="keep the result in the package's quality.json")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -23,6 +24,7 @@ def run(options: argparse.Namespace) -> None:
     from llmtrt import progress
     from llmtrt.errors import UserError
     from llmtrt.evaluate.perplexity import perplexity
+    from llmtrt.evaluate.quality import save_quality
 
     try:
         text = Path(options.text).read_text(encoding="utf-8")
@@ -31,6 +33,9 @@ def run(options: argparse.Namespace) -> None:
     with load(options) as llm:
         with progress.shown("evaluating") as report:
             result = perplexity(llm, text, options.context, options.tokens, report)
+        if options.save:
+            how = {"runtime": llm.runtime, "accuracy_level": options.accuracy_level}
+            save_quality(Path(options.model), Path(options.text), result, **how)
         if options.json:
             print(
                 json.dumps(

@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(opened.manifest))
         return
     rows = dict(_rows(opened.manifest))
+    if is_package(path):
+        rows |= _quality_rows(path)
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
@@ -73,6 +75,16 @@ def _rows(manifest: dict):
     for note in spec["notes"]:
         yield "note", note
     yield "files", ", ".join(f"{name} {file['bytes'] / 1e6:.2f} MB" for name, file in files.items())
+
+
+def _quality_rows(path) -> dict[str, str]:
+    from llmtrt.evaluate.quality import read_quality
+
+    return {
+        f"perplexity {entry.get('perplexity')}": f"on {entry.get('text')}, {entry.get('tokens')} tokens, context "
+        f"{entry.get('context')}, {entry.get('runtime')}, {entry.get('date')}"
+        for entry in read_quality(path)
+    }
 
 
 def _engine_rows(manifest: dict):

@@ -18,7 +18,7 @@ def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pack_table(q: np.ndarray, bits: int) -> np.ndarray:
-    """int8 [V, H], values from −half = −2^(bits − 1) on, → int32 [V, H · bits / 32]: the bits of Σ (vⱼ + half) · 2^(bits · j)."""
+    """int8 [V, H] → int32 [V, H · bits / 32]: the bits of Σ (vⱼ + half) · 2^(bits · j), where half = 2^(bits − 1)."""
     per_word = 32 // bits
     digits = (q.reshape(q.shape[0], -1, per_word) + np.int16(1 << bits - 1)).astype(np.uint32)
     return (digits << (bits * np.arange(per_word, dtype=np.uint32))).sum(axis=2, dtype=np.uint32).view(np.int32)

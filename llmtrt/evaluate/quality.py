@@ -1,0 +1,34 @@
+"""quality.json: what was measured of a package, beside its manifest and outside of the digest that engines are bound to."""
+
+from datetime import date
+from pathlib import Path
+
+import llmtrt.files as files
+from llmtrt.errors import UserError
+from llmtrt.package import QUALITY, is_package
+
+
+def save_quality(package: Path, text: Path, result: dict, **how: object) -> None:
+    """Adds ``result`` to the package's quality.json, in place of an earlier one that was measured in the same way.
+
+    ``text`` is the file that it was measured on; ``how`` names what else decides the number (runtime, accuracy level).
+    Raises UserError if ``package`` is no package or cannot be written.
+    """
+    if not is_package(package):
+        raise UserError(f"--save keeps results in a package, and {package} is none: leave it out")
+    way = {"text": text.name, "sha256": files.digest_file(text)["sha256"], "context": result["context"]}
+    way |= {"tokens": result["tokens"]} | how
+    kept = [entry for entry in read_quality(package) if any(entry.get(key) != value for key, value in way.items())]
+    entry = way | {"perplexity": round(result["perplexity"], 4), "date": date.today().isoformat()}
+    with files.staged_file(package / QUALITY) as staging:
+        files.write_json(staging, {"measured": [*kept, entry]})
+
+
+def read_quality(package: Path) -> list[dict]:
+    """The entries of the package's quality.json; none where there is no such file."""
+    if not (package / QUALITY).is_file():
+        return []
+    entries = files.read_json(package / QUALITY).get("measured")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{package / QUALITY}: 'measured' should be a list of objects: remove the file")
+    return entries
