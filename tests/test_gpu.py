@@ -26,7 +26,7 @@ PACKAGES = {
     "stories-fp32": (samples.stories260k, "fp32", 1e-3, 0.0),
     "stories-fp16": (samples.stories260k, "fp16", 1e-2, 0.02),
     "stories-int4": (samples.stories260k, "int4-g32", 1e-2, 0.02),
-    "stories-small": (samples.stories260k, "int4-small", 1e-2, 0.02),
+    "stories-small": (samples.stories260k, "int4-vocab8", 1e-2, 0.02),
     "smollm2-fp16": (samples.smollm2_gguf, "fp16", 1e-2, 0.02),
     "smollm2-int4": (samples.smollm2_gguf, "int4-g64", 1e-2, 0.02),
 }

@@ -19,7 +19,7 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path):
     checkpoint = save("gemma3", tmp_path / "checkpoint")
     moved = save("gemma3", tmp_path / "elsewhere" / "other-name")
     first, second = (
-        quantize(c, tmp_path / name, "int4-small").package for c, name in ((checkpoint, "a"), (moved, "b"))
+        quantize(c, tmp_path / name, "int4-vocab8").package for c, name in ((checkpoint, "a"), (moved, "b"))
     )
     names = sorted(path.name for path in first.path.iterdir())
     assert names == sorted(path.name for path in second.path.iterdir())

@@ -23,7 +23,7 @@ CONTEXT, TOKENS = 1024, 16384
 def main() -> None:
     checkpoint, text, folder = sys.argv[1], Path(sys.argv[2]).read_text(), Path(sys.argv[3])
     results = {}
-    for recipe in ("fp16", "int4-g64", "int4", "int4-g32", "int4-small"):
+    for recipe in ("fp16", "int4-g64", "int4", "int4-g32", "int4-vocab8"):
         made = quantize(checkpoint, folder / recipe, recipe)
         with LLM(made.package.path, accuracy_level=1) as llm:
             ids = llm.encode(text, special=False)[:TOKENS]
