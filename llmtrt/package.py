@@ -112,6 +112,8 @@ def open_package(path: str | Path, verify: bool = True) -> Package:
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: expected a package made by `llmtrt quantize`")
     where = path / MANIFEST
+    if not where.is_file():
+        raise UserError(f"{where} is missing: expected a package; `llmtrt quantize {path} -o PACKAGE` makes one")
     manifest = files.read_json(where)
     if manifest.get("format") != FORMAT:
         raise UserError(
@@ -123,8 +125,8 @@ def open_package(path: str | Path, verify: bool = True) -> Package:
             "make the package anew with `llmtrt quantize`"
         )
     listed = manifest.get("files")
-    if not isinstance(listed, dict) or GRAPH not in listed:
-        raise UserError(f"{where}: 'files' should list {GRAPH}: make the package anew")
+    if not isinstance(listed, dict) or not {GRAPH, WEIGHTS} <= listed.keys():
+        raise UserError(f"{where}: 'files' should list {GRAPH} and {WEIGHTS}: make the package anew")
     generation = manifest.get("generation")
     if not isinstance(generation, dict):
         raise UserError(f"{where}: 'generation' should be a JSON object: make the package anew")

@@ -4,6 +4,7 @@ take silently or crash on, it asserts."""
 
 import ctypes
 import types
+import weakref
 
 import numpy as np
 import onnxruntime as ort
@@ -15,13 +16,18 @@ ELEMENTS = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(floa
 
 
 class FakeCuda(types.ModuleType):
-    """cuda.bindings.runtime over host memory of ``total`` bytes; ``live`` maps address → array."""
+    """cuda.bindings.runtime over host memory of ``total`` bytes; ``live`` maps address → array.
+
+    What is copied to the host arrives when the stream is waited for. ``ended`` lists what was destroyed, in order.
+    """
 
     cudaStreamNonBlocking = 1
 
     def __init__(self, total: int = 1 << 30):
         super().__init__("cuda.bindings.runtime")
         self.total, self.live, self.streams = total, {}, set()
+        self.ended, self._downloads = [], []
+        self._freed = []  # kept, so that no address comes twice and a stale one is always found
         names = (
             "cudaSuccess",
             "cudaErrorMemoryAllocation",
@@ -64,10 +70,14 @@ class FakeCuda(types.ModuleType):
 
     def cudaStreamDestroy(self, stream):
         self.streams.remove(stream)
+        self.ended.append("stream")
         return (0,)
 
     def cudaStreamSynchronize(self, stream):
         assert stream in self.streams
+        for to, content in self._downloads:
+            ctypes.memmove(to, content, len(content))
+        self._downloads.clear()
         return (0,)
 
     def cudaMemGetInfo(self):
@@ -80,21 +90,32 @@ class FakeCuda(types.ModuleType):
         return self._allocate(size, False)
 
     def cudaFree(self, address):
-        assert self.live.pop(address)[1]
-        return (0,)
+        return self._free(address, True)
 
     def cudaFreeHost(self, address):
-        assert not self.live.pop(address)[1]
+        return self._free(address, False)
+
+    def _free(self, address, on_device):
+        self._freed.append(self.live.pop(address))
+        assert self._freed[-1][1] == on_device
+        self.ended.append("memory")
         return (0,)
 
-    def cudaMemsetAsync(self, address, value, size, stream):
-        ctypes.memset(ctypes.addressof(self.inside(address, size)), value, size)
+    def cudaMemset2DAsync(self, address, pitch, value, width, height, stream):
+        assert stream in self.streams and width <= pitch
+        self.inside(address, pitch * (height - 1) + width)
+        for row in range(height):
+            ctypes.memset(address + row * pitch, value, width)
         return (0,)
 
     def cudaMemcpyAsync(self, to, source, size, kind, stream):
         assert stream in self.streams
+        content = ctypes.string_at(source, size)
         self.inside(to if kind == 1 else source, size)  # the host's side may be any memory
-        ctypes.memmove(to, source, size)
+        if kind == 1:
+            ctypes.memmove(to, content, size)
+        else:
+            self._downloads.append((to, content))
         return (0,)
 
     def cudaGetLastError(self):
@@ -107,15 +128,18 @@ class FakeCuda(types.ModuleType):
 class FakeTensorRT(types.ModuleType):
     """The part of tensorrt_rtx that a session uses; engines run their package's graph on ONNX Runtime.
 
-    Of activation memory an engine wants 1000 bytes for each row of a step.
+    Of activation memory an engine wants 1000 bytes for each row of a step, times the rows that are wanted of a slot.
+    ``runs`` has for each context the shapes of its steps, ``budgets`` the weight streaming budgets that were set.
     """
+
+    streamable = 0  # bytes of weights in an engine that streams them
 
     def __init__(self, engine, cuda: FakeCuda, version: str | None = None):
         super().__init__("tensorrt_rtx")
         self.__version__ = version or engine.flavor_version
         self.manifest, self.cuda, self.graph = engine.manifest, cuda, str(engine.package_path / "model.onnx")
         self.plan = engine.plan.read_bytes()
-        self.contexts = []
+        self.runs, self.budgets = [], []
         outer = self
 
         class ILogger:
@@ -124,6 +148,7 @@ class FakeTensorRT(types.ModuleType):
         class Runtime:
             def __init__(self, logger):
                 self.logger = logger
+                weakref.finalize(self, outer.cuda.ended.append, "runtime")
 
             def deserialize_cuda_engine(self, plan):
                 if bytes(plan) == outer.plan:
@@ -143,10 +168,9 @@ class FakeTensorRT(types.ModuleType):
 
 
 class FakeEngine:
-    streamable_weights_size = 0
-
     def __init__(self, trt):
-        self.trt = trt
+        self.trt, self.streamable_weights_size = trt, trt.streamable
+        weakref.finalize(self, trt.cuda.ended.append, "engine")
         options = ort.SessionOptions()
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         options.enable_mem_pattern = False
@@ -168,19 +192,33 @@ class FakeEngine:
     def get_aliased_input_tensor(self, name):
         return name.replace("present_", "past_") if name.startswith("present_") else None
 
+    @property
+    def weight_streaming_budget_v2(self):
+        return self.trt.budgets[-1]
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget):
+        assert not self.trt.runs, "the budget cannot change while contexts exist"
+        assert 0 <= budget <= self.streamable_weights_size
+        self.trt.budgets.append(budget)
+
     def create_runtime_config(self):
-        return types.SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+        config = types.SimpleNamespace(strategy="static")
+        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
+        return config
 
     def create_execution_context(self, config):
         assert config.dynamic_shapes_kernel_specialization_strategy in (0, 1, 2)
-        self.trt.contexts.append(FakeContext(self))
-        return self.trt.contexts[-1]
+        assert config.strategy == "user", "the context would allocate its own memory"
+        return FakeContext(self)
 
 
 class FakeContext:
     def __init__(self, engine):
         self.engine, self.trt, self.cuda = engine, engine.trt, engine.trt.cuda
         self.shapes, self.addresses, self.memory, self.runs = {}, {}, None, []
+        self.trt.runs.append(self.runs)
+        weakref.finalize(self, self.cuda.ended.append, "context")
 
     def set_optimization_profile_async(self, profile, stream):
         self.bounds = self.trt.manifest["profiles"][profile]["shapes"]
@@ -199,7 +237,7 @@ class FakeContext:
 
     def update_device_memory_size_for_shapes(self):
         assert self.shapes.keys() == self.engine.inputs.keys()
-        self.needed = 1000 * self.shapes["input_ids"][0] * self.shapes["input_ids"][1]
+        self.needed = 1000 * int(np.prod(self.shapes["input_ids"])) * self.shapes["logits_index"][1]
         return self.needed
 
     def set_device_memory(self, address, size):

@@ -1,12 +1,18 @@
 """Packages into engines, ahead of time on a machine without a GPU, and every way in which that can fail."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 pytest.importorskip("tensorrt_rtx_bindings")
 
@@ -15,8 +21,12 @@ import families
 from llmtrt import files
 from llmtrt.engine import build as building
 from llmtrt.engine.build import build
-from llmtrt.engine.gpu import find_gpus
+from llmtrt.engine.flavor import choose
+from llmtrt.engine.gpu import Gpus, find_gpus
+from llmtrt.engine.logger import make_logger
 from llmtrt.engine.manifest import is_engine, open_engine
+from llmtrt.engine.monitor import make_monitor
+from llmtrt.engine.parse import parse
 from llmtrt.errors import UserError
 from llmtrt.graph import lowerings
 from llmtrt.package import open_package
@@ -83,7 +93,28 @@ def test_a_moved_or_changed_package_is_not_taken_for_the_engines_own(package, tm
     assert open_engine(both / "engine").package_path is None
 
 
-def test_fp32_is_lowered_and_options_are_recorded(tmp_path):
+@pytest.fixture
+def configured(monkeypatch):
+    """What TensorRT's own IBuilderConfig says when it is handed over to build: flags, targets, number of profiles."""
+    trt, seen = choose("rtx").module, []
+
+    class Builder(trt.Builder):
+        def build_serialized_network(self, network, config):
+            flags = {name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)}
+            targets = [config.get_compute_capability(index).name for index in range(config.num_compute_capabilities)]
+            seen.append((flags, targets, config.num_optimization_profiles))
+            return super().build_serialized_network(network, config)
+
+    monkeypatch.setattr(trt, "Builder", Builder)
+    return seen
+
+
+def test_fp32_is_computed_in_fp32_for_every_default_gpu(package, tmp_path, configured):
+    build(package, tmp_path / "engine", max_seq=32, chunk=8)
+    assert configured == [(set(), [], 2)]  # TF32 is on by default
+
+
+def test_fp32_is_lowered_and_options_are_recorded(tmp_path, configured):
     checkpoint = families.save("llama-gqa-tied", tmp_path / "checkpoint")
     quantize(checkpoint, tmp_path / "package", "fp32")
     engine = build(
@@ -97,6 +128,7 @@ def test_fp32_is_lowered_and_options_are_recorded(tmp_path):
     assert engine.manifest["lowerings"] == ["static_capacity", "decomposed_attention"]
     assert engine.manifest["flags"] == ["WEIGHT_STREAMING"]
     assert engine.compute_capabilities == ("8.9", "12.0")
+    assert configured == [({"WEIGHT_STREAMING"}, ["SM89", "SM120"], 2)]
     assert engine.chunk == 32  # no larger than the context
 
 
@@ -127,6 +159,43 @@ def test_what_needs_a_gpu_says_so(package, tmp_path, options, message):
     _fails(message, package, tmp_path, **options)
 
 
+def _fake_tensorrt(monkeypatch, **changes):
+    """`tensorrt`: RTX's module, but bound to a GPU; ``changes`` replace members of the module."""
+    flavor = choose("rtx")
+    module = types.SimpleNamespace(**vars(flavor.module) | changes)
+    fake = dataclasses.replace(
+        flavor,
+        name="tensorrt",
+        version="11.4",
+        module=module,
+        capabilities=flavor.capabilities - {"builds_without_gpu"},
+    )
+    monkeypatch.setattr(building, "choose", lambda name: fake)
+
+
+def test_a_tensorrt_that_builds_for_the_gpu_at_hand_needs_one(package, tmp_path, monkeypatch):
+    _fake_tensorrt(monkeypatch)
+    monkeypatch.setattr(building, "find_gpus", lambda: Gpus((), problem="the driver sleeps"))
+    _fails(
+        "TensorRT tensorrt 11.4 builds only where there is an NVIDIA GPU, but the driver sleeps: .* --flavor rtx",
+        package,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("reason", ["CUDA initialization failure with error: 35", ""])
+def test_a_builder_that_does_not_start_says_why(package, tmp_path, monkeypatch, reason):
+    def builder(logger):
+        if reason:
+            logger.log(choose("rtx").module.ILogger.Severity.ERROR, reason)
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    _fake_tensorrt(monkeypatch, Builder=builder)
+    monkeypatch.setattr(building, "find_gpus", lambda: Gpus(()))
+    said = reason or r"pybind11::init\(\): factory function returned nullptr"
+    _fails(rf"TensorRT tensorrt 11\.4 does not start \({said}\): see `llmtrt doctor`", package, tmp_path)
+
+
 def test_an_output_that_exists_stays(package, tmp_path):
     (tmp_path / "engine").mkdir()
     with pytest.raises(UserError, match="exists already"):
@@ -142,7 +211,17 @@ def unlinted(monkeypatch):
 
 def test_a_graph_that_breaks_a_rule_is_refused_before_tensorrt_starts(package, tmp_path):
     changed, name = _changed(package, tmp_path, _softcap)
-    _fails(rf"model\.onnx: {name} \(Attention\) breaks the rule attention-softcap: ", changed, tmp_path)
+    _fails(
+        rf"model\.onnx: {name} \(Attention\) breaks the rule attention-softcap: .*; write the scores out as [^;]*$",
+        changed,
+        tmp_path,
+    )
+
+
+def test_a_lowered_graph_that_breaks_a_rule_is_refused_before_tensorrt_starts(tmp_path, monkeypatch):
+    quantize(families.save("llama-gqa-tied", tmp_path / "checkpoint"), tmp_path / "package", "fp16")
+    monkeypatch.setattr(lowerings, "LOWERINGS", lowerings.LOWERINGS[:1])  # leaves attention with head dim 8 as it is
+    _fails("breaks the rule attention-no-dedicated-kernel: .* more\\)$", tmp_path / "package", tmp_path)
 
 
 def _softcap(model):
@@ -151,9 +230,101 @@ def _softcap(model):
     return node.name
 
 
+def _cut(model):
+    node = model.graph.node[10]
+    node.input[0] = "nowhere"
+    return rf"{node.name} \({node.op_type}\) breaks the rule onnx-checker: its input 'nowhere'"
+
+
+def _other_operator(model):
+    model.graph.node[10].op_type = "Det"
+    return f"the graph breaks the rule onnx-checker: .*Det, node name: {model.graph.node[10].name}"
+
+
+@pytest.mark.parametrize("change", [_cut, _other_operator])
+def test_a_damaged_graph_is_one_sentence_about_the_node_at_fault(package, tmp_path, change):
+    """In a process of its own: pytest's handlers hide what libraries log to stderr."""
+    changed, message = _changed(package, tmp_path, change)
+    _fails(rf"model\.onnx: {message}", changed, tmp_path)
+    ran = subprocess.run(
+        [sys.executable, "-m", "llmtrt", "build", changed, "-o", tmp_path / "never"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1), ran.stderr
+    assert ran.stderr.startswith("llmtrt build: error: ") and len(ran.stderr) < 600
+
+
 def test_a_node_that_the_parser_refuses_is_named(package, tmp_path, unlinted):
     changed, name = _changed(package, tmp_path, _softcap)
     _fails(rf"refuses node '{name}' \(Attention\): .*\[[A-Z_]+\]$", changed, tmp_path)
+
+
+def _refused(nodes, functions=()):
+    """What parse says of a model of float a [2] → b [2]."""
+    flavor = choose("rtx")
+    logger = make_logger(flavor)
+    builder = flavor.module.Builder(logger)
+    network = builder.create_network(1 << int(flavor.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "ab"]
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("local", 1)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:]), opset_imports=opsets, functions=functions
+    )
+    with pytest.raises(UserError) as caught:
+        parse(flavor, network, model.SerializeToString(), Path("model.onnx"), logger)
+    return str(caught.value).partition(" refuses ")[2]
+
+
+def _function(name, *nodes):
+    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("local", 1)]
+    return helper.make_function("local", name, ["x"], ["y"], list(nodes), opsets)
+
+
+@pytest.mark.parametrize(("name", "said"), [("bad", "node 'bad'"), (None, "an unnamed node")])
+def test_a_refused_node_in_local_functions_is_found_by_their_calls(name, said):
+    inner = _function("Inner", helper.make_node("Bernoulli", ["x"], ["y"], name=name))
+    outer = _function("Outer", helper.make_node("Inner", ["x"], ["y"], name="call_inner", domain="local"))
+    nodes = [helper.make_node("Outer", ["a"], ["b"], name="call_outer", domain="local")]
+    assert _refused(nodes, [inner, outer]) == (
+        f"{said} (Bernoulli) in call_inner (Inner) in call_outer (Outer): TensorRT has no importer for this operator "
+        "(checkBernoulli) [UNSUPPORTED_NODE]"
+    )
+
+
+def test_a_refused_node_without_a_name_is_counted():
+    nodes = [helper.make_node("Abs", ["a"], ["c"]), helper.make_node("Abs", ["nowhere"], ["b"])]
+    assert _refused(nodes).startswith("node #1 (Abs): ") and _refused(nodes).endswith(" [INVALID_GRAPH]")
+
+
+def _tensor(location):
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    return tensor
+
+
+def _in_subgraph(model, tensor):
+    output = [helper.make_tensor_value_info("w", TensorProto.FLOAT, [1])]
+    branch = helper.make_graph([], "branch", [], output, [tensor])
+    model.graph.node.append(helper.make_node("If", ["c"], ["u"], then_branch=branch, else_branch=branch))
+
+
+def _in_attribute(model, tensor):
+    model.graph.node.append(helper.make_node("Constant", [], ["w"], value=tensor))
+
+
+def _in_function(model, tensor):
+    model.functions.append(_function("F", helper.make_node("Constant", [], ["y"], value=tensor)))
+
+
+@pytest.mark.parametrize("place", [_in_subgraph, _in_attribute, _in_function])
+def test_no_tensor_anywhere_reaches_outside(package, tmp_path, place):
+    changed, _ = _changed(package, tmp_path, lambda model: place(model, _tensor("../secret")))
+    _fails("'../secret' is not a plain file name", changed, tmp_path)
+    shutil.rmtree(changed)
+    changed, _ = _changed(package, tmp_path, lambda model: place(model, _tensor("unlisted")))
+    _fails("lies in unlisted, which the manifest does not list", changed, tmp_path)
 
 
 def test_a_graph_that_is_not_onnx_or_reaches_outside_is_refused(package, tmp_path):
@@ -173,14 +344,30 @@ def test_a_failed_compilation_says_why(tmp_path, monkeypatch, unlinted):
     _fails("could not build .*: .*not supported by a dedicated kernel", tmp_path / "package", tmp_path)
 
 
-def test_ctrl_c_leaves_nothing(package, tmp_path):
+def test_ctrl_c_says_that_it_stops_and_leaves_nothing(package, tmp_path):
+    notes = []
+
     def interrupt(done, total, note=""):
-        if note == "Optimizing graph":
+        notes.append(note)
+        if note == "Optimizing graph" and notes.count(note) == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         build(package, tmp_path / "engine", max_seq=32, chunk=8, report=interrupt)
     assert os.listdir(tmp_path) == []
+    assert notes.count("stopping…") == 1 and notes[-1] == "stopping…"
+
+
+def test_a_cancelled_monitor_says_so_once_and_ends_the_build_at_its_next_step():
+    notes = []
+    monitor = make_monitor(choose("rtx"), lambda done, total, note="": notes.append((done, total, note)))
+    monitor.phase_start("Building", None, 3)
+    assert monitor.step_complete("Building", 0)
+    monitor.cancel()
+    monitor.phase_start("Optimizing graph", "Building", 5)
+    assert not monitor.step_complete("Optimizing graph", 0) and not monitor.step_complete("Building", 1)
+    monitor.cancel()
+    assert notes == [(0, 3, "Building"), (1, 3, "Building"), (1, 3, "stopping…")]
 
 
 def test_what_a_report_raises_comes_through(package, tmp_path):

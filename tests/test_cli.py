@@ -173,7 +173,7 @@ def flip(path: Path) -> None:
         (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe"), "is not valid JSON"),
         (lambda p: edit(p / "manifest.json", format_version=99), "has format version 99"),
         (
-            lambda p: edit(p / "manifest.json", files={"model.onnx": {}, "../../etc/passwd": {}}),
+            lambda p: edit(p / "manifest.json", files={"model.onnx": {}, "model.onnx.data": {}, "../../x": {}}),
             "is not a plain file name",
         ),
         (lambda p: edit(p / "manifest.json", model={}), "'model' lacks"),
@@ -341,3 +341,57 @@ def test_eval_keeps_its_result_beside_the_manifest(own_stories, tmp_path, capsys
     capsys.readouterr()
     assert main(["inspect", str(own_stories)]) == 0
     assert f"perplexity {kept[0]['perplexity']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": None},
+        {"recipe": None},
+        {"quantization": {}},
+        {"quantization": {"tensors": {"a": 5}}},
+        {"files": {"x": 1}},
+    ],
+)
+def test_inspect_refuses_a_manifest_that_nobody_wrote(own_stories, capsys, change):
+    edit(own_stories / "manifest.json", **change)
+    said = refused(capsys, "inspect", own_stories, "--layers", "--no-verify")
+    assert "manifest" in said and str(own_stories) in said
+
+
+def test_names_too_long_and_folders_that_may_not_be_read_are_told(stories, tmp_path, capsys):
+    long = tmp_path / ("x" * 300)
+    for arguments in (["quantize", long, "-o", tmp_path / "p"], ["quantize", samples.stories260k(), "-o", long]):
+        assert "File name too long" in refused(capsys, *arguments)
+    for verb in ("generate", "inspect", "lint"):
+        assert "File name too long" in refused(capsys, verb, long, *(["-p", "Once"] if verb == "generate" else []))
+
+
+def test_a_missing_library_is_told_with_the_command_that_installs_it(tmp_path):
+    code = (
+        "import sys\nsys.modules['onnx_ir'] = None\nfrom llmtrt.cli.main import main\n"
+        "sys.exit(main(['quantize', sys.argv[1], '-o', sys.argv[2]]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, samples.stories260k(), tmp_path / "package"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert run.returncode == 2
+    assert run.stderr == (
+        "llmtrt quantize: error: the Python module onnx_ir is missing: pip install 'llmtrt[quantize]'\n"
+    )
+
+
+def test_a_checkpoint_where_a_package_is_wanted_gets_the_command_that_makes_one(checkpoint, capsys):
+    assert f"`llmtrt quantize {checkpoint} -o PACKAGE` makes one" in refused(
+        capsys, "generate", checkpoint, "-p", "Once"
+    )
+
+
+def test_eval_says_what_it_cannot_measure_before_it_measures(stories, tmp_path, capsys):
+    (tmp_path / "text").write_text("Once upon a time there was a little girl. " * 40)
+    for tokens in ("-5", "3", "1000000"):
+        refused(capsys, "eval", stories, "--text", tmp_path / "text", "--context", "64", "--tokens", tokens)
+    assert "--save" in refused(capsys, "eval", tmp_path, "--text", tmp_path / "text", "--save")

@@ -123,5 +123,51 @@ def test_long_rope_takes_its_factors_from_the_declared_capacity_and_says_so():
 
 
 def test_more_than_the_model_was_trained_for_is_refused():
-    with pytest.raises(UserError, match="--max-seq 257 is more than the model's max_position_embeddings, 256"):
+    with pytest.raises(UserError, match="--max-seq 257 should be from 1 to the model's max_position_embeddings, 256"):
         decoder_of(config_of("qwen3"), "config.json", 257)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        (
+            "llama-gqa-tied",
+            {"num_hidden_layers": 2**31 - 1},
+            "num_hidden_layers should be a positive integer up to 10000",
+        ),
+        ("mistral", {"num_hidden_layers": 10**8}, "num_hidden_layers"),
+        ("qwen3", {"head_dim": 10**8}, "head_dim"),
+        ("qwen3", {"architectures": [["Qwen3ForCausalLM"]]}, "is not supported"),
+        ("llama-gqa-tied", {"rope_parameters": {"rope_type": ["default"]}}, "rope_type"),
+        ("llama-gqa-tied", {"rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}}, "rope_theta"),
+        ("llama-gqa-tied", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama-gqa-tied", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "both given"),
+        ("llama-gqa-tied", {"rope_theta": 77.0}, "rope_theta should be one number"),
+        ("llama-rope-linear", {"rope_parameters": {"rope_type": "linear", "factor": 1e-300}}, "positive and finite"),
+        ("phi3", {"full_attn_mod": 2}, "full_attn_mod is 2"),
+        ("mistral", {"rms_norm_eps": None}, "rms_norm_eps is missing"),
+    ],
+)
+def test_numbers_that_would_fill_the_memory_or_make_no_frequencies(name, change, said):
+    with pytest.raises(UserError, match=said):
+        decoder_of(config_of(name) | change, "config.json")
+
+
+def test_llama3_factors_without_a_ramp_between_them_are_refused():
+    config = config_of("llama-rope-llama3")
+    config["rope_parameters"] |= {"high_freq_factor": 1.0}
+    with pytest.raises(UserError, match="high_freq_factor = 1.0 should be more than"):
+        decoder_of(config, "config.json")
+
+
+def test_mistral_must_say_whether_it_has_a_window():
+    config = config_of("mistral")
+    del config["sliding_window"]
+    with pytest.raises(UserError, match="sliding_window is missing"):
+        decoder_of(config, "config.json")
+
+
+@pytest.mark.parametrize("max_seq", [0, -5])
+def test_a_capacity_that_is_none_is_refused(max_seq):
+    with pytest.raises(UserError, match=f"--max-seq {max_seq} should be from 1"):
+        decoder_of(config_of("qwen3"), "config.json", max_seq)

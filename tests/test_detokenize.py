@@ -69,20 +69,37 @@ def test_random_byte_level_tokens(smollm2_tokenizer):
         assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_random_byte_fallback_tokens_never_fail(stories_tokenizer):
-    """The library's own DecodeStream raises on these; what is no UTF-8 may differ in its number of U+FFFD only."""
+def text_of_run(data):
+    """What a stream makes of consecutive byte tokens: what was whole before a bad byte came is shown already, and from
+    there on each byte is U+FFFD. (The library turns the whole run to U+FFFD.)"""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        return data[: error.start].decode() + "\ufffd" * (len(data) - error.start)
 
-    def squeezed(text):
-        return re.sub("\ufffd+", "", text)
 
-    for seed in range(200):
-        ids = random.Random(seed).choices(range(tokenizer_size := stories_tokenizer.get_vocab_size()), k=40)
-        assert tokenizer_size == 512
-        letters = [token for token in ids if not 3 <= token < 259]
-        whole = stories_tokenizer.decode(letters, skip_special_tokens=True)
-        assert "".join(stream(stories_tokenizer, letters)) == whole
-        streamed = squeezed("".join(stream(stories_tokenizer, ids)))
-        assert {*squeezed(stories_tokenizer.decode(ids, skip_special_tokens=True))} <= {*streamed}
+def test_random_byte_fallback_tokens(stories_tokenizer):
+    """The library's own DecodeStream raises on these. (A space has a token of its own, no vocabulary writes its byte.)"""
+    characters = [bytes([byte]) for byte in range(256) if byte != 32] + [text.encode() for text in "aé日😀" * 50]
+    kinds = {True: 0, False: 0}
+    for seed in range(300):
+        rng = random.Random(seed)
+        ids, expected = [], ""
+        for _ in range(12):
+            run = b"".join(rng.choices(characters, k=rng.randint(0, 3)))  # short of _MOST_PENDING
+            words = rng.choices(range(259, 512), k=rng.randint(1, 3))
+            ids += [3 + byte for byte in run] + words
+            expected += text_of_run(run) + "".join(map(stories_tokenizer.id_to_token, words)).replace("▁", " ")
+            kinds["\ufffd" in text_of_run(run)] += 1
+        assert "".join(stream(stories_tokenizer, ids)) == expected.removeprefix(" ")
+    assert min(kinds.values()) > 500
+
+
+def test_garbage_is_not_held_back_for_ever(stories_tokenizer):
+    for byte in (0x80, 0xE6, 0xF0):
+        pieces = stream(stories_tokenizer, [3 + byte] * 100 + [300])
+        assert "".join(pieces) == "\ufffd" * 100 + stories_tokenizer.id_to_token(300).replace("▁", " ")
+        assert max(map(len, pieces)) < 20
 
 
 def test_special_tokens_have_no_text_and_break_nothing(tokenizer):
@@ -99,6 +116,38 @@ def test_context_keeps_the_space_between_prompt_and_text(stories_tokenizer):
     assert whole == "Once upon a time there was"
     assert "".join(stream(stories_tokenizer, answer, prompt)) == " time there was"
     assert "".join(stream(stories_tokenizer, answer)) == "time there was"
+
+
+@pytest.mark.parametrize("text", [text for text in [*TEXTS, "日" * 30, "😀" * 20] if "\ufffd" not in text])
+def test_a_prompt_may_end_at_any_token(tokenizer, text):
+    """Prompt and text are the whole; a character that the prompt has half of is in the text as a whole."""
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    whole, shown = tokenizer.decode(ids), ""
+    for cut in range(len(ids) + 1):
+        prompt = tokenizer.decode(ids[:cut])
+        shown = shown if "\ufffd" in prompt else prompt
+        streamed = "".join(stream(tokenizer, ids[cut:], ids[:cut]))
+        assert shown + streamed == whole or (cut == len(ids) and not streamed)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("start", ["", "a ", "日本語", "日本語と中文，한"])
+def test_replacement_characters_of_the_prompt_are_not_repeated(tokenizer, start, count):
+    prompt = tokenizer.encode(start + "\ufffd" * count).ids
+    for more in ("b c", "日", "\ufffd", "é\ufffd"):
+        # An answer that begins with a space has a token for it.
+        answer = tokenizer.encode("x" + more, add_special_tokens=False).ids
+        whole = tokenizer.decode(prompt + answer)
+        assert tokenizer.decode(prompt) + "".join(stream(tokenizer, answer, prompt)) == whole
+
+
+def test_half_a_character_that_the_answer_does_not_complete(tokenizer):
+    """It is the prompt's, as U+FFFD, and is not shown a second time."""
+    half = [*tokenizer.encode("say 日", add_special_tokens=False).ids][:-1]
+    assert tokenizer.decode(half).endswith("\ufffd")
+    answer = tokenizer.encode("x", add_special_tokens=False).ids
+    assert "".join(stream(tokenizer, answer, half)).strip() == "x"
+    assert "".join(stream(tokenizer, [], half)) == ""
 
 
 def test_context_may_end_inside_a_character(smollm2_tokenizer):

@@ -1,7 +1,10 @@
 """What the doctor says of a machine, and of a broken one."""
 
 import json
+import re
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -33,7 +36,44 @@ def test_a_broken_library_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     facts = doctor.examine()
     assert _component(facts, "onnxruntime").problem == "does not load: GLIBC_2.99 not found"
-    assert facts.verdict[0].startswith("packages do not run") and "pip install 'onnxruntime>=1.24'" in facts.verdict[0]
+    assert facts.verdict[0] == (
+        "packages do not run: onnxruntime (does not load: GLIBC_2.99 not found): `pip install 'onnxruntime>=1.24'`"
+    )
+
+
+def _verdict(facts, about):
+    (line,) = [line for line in facts.verdict if line.startswith(about)]
+    return line
+
+
+def test_verdicts_rest_on_what_quantize_and_build_import(monkeypatch):
+    pytest.importorskip("tensorrt_rtx_bindings")
+    facts = doctor.examine()
+    assert _verdict(facts, "packages can") == "packages can be made"
+    assert _verdict(facts, "engines can be built").startswith("engines can be built with TensorRT rtx")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert _verdict(doctor.examine(), "packages can").startswith("packages can be made, but not of GGUF files: gguf (")
+    for name in [name for name in sys.modules if name.split(".")[0] == "onnx_ir"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    facts = doctor.examine()
+    lacking = "onnx (not installed), onnx_ir (does not load: it needs onnx): `pip install 'onnx>=1.20' 'onnx_ir>=1.0'`"
+    assert _verdict(facts, "packages can") == f"packages cannot be made: {lacking}"
+    assert _verdict(facts, "engines cannot be built") == f"engines cannot be built: {lacking}"
+    assert _component(facts, "onnx").command == "pip install 'onnx>=1.20'"
+
+
+def test_a_library_that_is_too_old_is_a_finding(monkeypatch):
+    monkeypatch.setattr(sys.modules["onnx"] if "onnx" in sys.modules else __import__("onnx"), "__version__", "1.19.1")
+    facts = doctor.examine()
+    assert _component(facts, "onnx").problem == "too old: 1.19.1 instead of onnx>=1.20"
+    assert _verdict(facts, "packages can").startswith("packages cannot be made: onnx (too old")
+
+
+def test_the_minimums_are_those_that_llmtrt_is_installed_with():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    wanted = {line for extra in ("cpu", "quantize") for line in project["optional-dependencies"][extra]}
+    assert {library.requirement for library in doctor.LIBRARIES} == {re.sub(r"\s", "", line) for line in wanted}
 
 
 @pytest.mark.parametrize(

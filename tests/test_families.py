@@ -75,7 +75,7 @@ RECIPES = {
     "int8 vocabulary": Recipe(embedding="int8", lm_head="int8"),
     "int4 vocabulary": Recipe(group_size=16, embedding="int4", lm_head="int4"),
     "int8 head": Recipe(lm_head="int8"),
-    "fp32 scales, part excluded": Recipe(dtype="float32", group_size=64, exclude=("*.v_proj", "*.0.mlp.*")),
+    "fp32 scales, part excluded": Recipe(dtype="float32", group_size=64, exclude=("*.o_proj", "*.0.mlp.*")),
 }
 
 

@@ -181,6 +181,17 @@ def test_a_stripped_plan_is_small(made, tmp_path):
     assert stripped.plan.stat().st_size < 2 * rows * columns + (4 << 20)
 
 
+def test_nan_of_an_earlier_request_reaches_no_later_one(made, sessions):
+    on_gpu, _ = sessions("stories-fp16")
+    prompts = [tokens(made("stories-fp16")[0], 12)] * 2
+    before = greedy(on_gpu, prompts)
+    on_gpu.reserve(3, 100)
+    size = sum(-(-on_gpu._slots * each // 256) * 256 for *_, each in on_gpu._caches)
+    on_gpu._cuda.upload(on_gpu._kv, np.full(size, 0xFF, np.uint8))  # NaN in fp16
+    on_gpu._cuda.synchronize()
+    assert greedy(on_gpu, prompts) == before
+
+
 def test_closing_gives_all_memory_back(made):
     _, engine = made("stories-fp16")
     probe = Cuda()

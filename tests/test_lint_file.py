@@ -2,12 +2,15 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from onnx_models import FP32, INT64, model, node, run, session
 
 from llmtrt.errors import UserError
@@ -152,6 +155,83 @@ def test_truncated_and_damaged_models_never_crash(tmp_path):
                 assert "bad.onnx" in str(error)
 
 
+def gaps(case):
+    """float a [2] → b [2], with something that nobody writes, and the names in what the linter says of it."""
+
+    def branch(name, read):
+        return helper.make_graph(
+            [node("Abs", [read], [name], name=f"in {name}")],
+            name,
+            [],
+            [helper.make_tensor_value_info(name, FP32, [2])],
+        )
+
+    local = helper.make_function(
+        "local", "F", ["x"], ["y"], [node("Abs", ["nowhere"], ["y"], name="inside")], [helper.make_opsetid("", 24)]
+    )
+    nodes, functions, said = {
+        "input": ([node("Abs", ["nowhere"], ["b"], name="n")], (), ("n", "'nowhere'")),
+        "order": ([node("Abs", ["c"], ["b"], name="n"), node("Abs", ["a"], ["c"])], (), ("n", "'c'")),
+        "cycle": ([node("Add", ["a", "c"], ["b"], name="n"), node("Abs", ["b"], ["c"])], (), ("n", "'c'")),
+        "output": ([node("Abs", ["a"], ["c"])], (), ("", "'b'")),
+        "sibling": (
+            [node("Equal", ["a", "a"], ["all"]), node("ReduceMin", ["all"], ["if"], keepdims=0)]
+            + [node("If", ["if"], ["b"], then_branch=branch("t", "a"), else_branch=branch("e", "t"))],
+            (),
+            ("in e", "'t'"),
+        ),
+        "function": ([node("F", ["a"], ["b"], domain="local")], [local], ("inside", "'nowhere'")),
+    }[case]
+    proto = model(
+        nodes, [("a", FP32, [2])], [("b", FP32, [2])], functions=functions, domains=("local",) if functions else ()
+    )
+    return proto, said
+
+
+@pytest.mark.parametrize("case", ["input", "order", "cycle", "output", "sibling", "function"])
+@pytest.mark.parametrize("read", [lambda proto: proto, ir.from_proto])
+def test_what_nobody_writes_is_named(case, read):
+    proto, (where, said) = gaps(case)
+    with pytest.raises(Exception, match="."):
+        onnx.checker.check_model(proto, full_check=True)
+    (finding,) = lint_model(read(proto))
+    assert (finding.rule, finding.node) == ("onnx-checker", where)
+    assert said in finding.message and len(finding.message) < 200
+
+
+def test_a_broken_model_prints_nothing(tmp_path):
+    """In a process of its own: pytest's handlers hide what libraries log to stderr."""
+    path = write(tmp_path, gaps("input")[0].SerializeToString())
+    code = "import sys; from llmtrt.graph.lint import lint; print([f.rule for f in lint(sys.argv[1])])"
+    ran = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("['onnx-checker']\n", "")
+
+
+def test_external_data_of_an_attribute_in_a_local_function(tmp_path):
+    """Beside the model, outside of its folder, and nowhere."""
+
+    def saved(location):
+        shape = TensorProto(name="s", data_type=INT64, dims=[2], data_location=TensorProto.EXTERNAL)
+        shape.external_data.add(key="location", value=location)
+        nodes = [node("Constant", [], ["s"], value=shape), node("Reshape", ["x", "s"], ["y"])]
+        local = helper.make_function("local", "F", ["x"], ["y"], nodes, [helper.make_opsetid("", 24)])
+        proto = model(
+            [node("F", ["a"], ["b"], domain="local")],
+            [("a", FP32, [6])],
+            [("b", FP32, [2, 3])],
+            functions=[local],
+            domains=("local",),
+        )
+        return write(tmp_path, proto.SerializeToString())
+
+    (tmp_path / "shape.bin").write_bytes(np.array([2, 3]).tobytes())
+    told = {"external-data-path", "external-data-missing"}
+    assert found(saved("shape.bin")) & told == set()
+    assert found(saved("../shape.bin")) & told == {"external-data-path"}
+    (tmp_path / "shape.bin").unlink()
+    assert found(saved("shape.bin")) & told == {"external-data-missing"}
+
+
 def test_paths_that_hold_no_model(tmp_path):
     for path in (tmp_path / "absent.onnx", tmp_path):
         with pytest.raises(UserError, match="cannot read"):
@@ -210,13 +290,12 @@ def test_every_rule_says_why_and_is_tested():
     for name, rule in RULES.items():
         assert name == rule.id and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", name)
         assert rule.reason and rule.otherwise and rule.advice
+        for text in (rule.reason, rule.otherwise, rule.advice):  # parts of one line: "message; advice"
+            assert text == text.strip() and text[-1] not in ".;:,", text
         assert f'"{name}"' in tests, f"no test names {name}"
 
 
 def test_lint_imports_no_torch_and_no_tensorrt():
-    import subprocess
-    import sys
-
     code = (
         "import sys, llmtrt.graph.lint; print([m for m in ('torch', 'onnxruntime') if m in sys.modules], "
         "[m for m in sys.modules if 'tensorrt' in m])"

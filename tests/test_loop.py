@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -289,10 +290,83 @@ def test_bad_calls(llm, tmp_path):
         LLM(tmp_path, runtime="cuda")
 
 
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ({"max_batch": "4"}, "max_batch should be an integer of at least 1, but is '4'"),
+        ({"max_batch": None}, "max_batch should be"),
+        ({"max_seq": 2.5}, "max_seq should be an integer of at least 1, but is 2.5"),
+        ({"max_seq": 0}, "max_seq should be"),
+        ({"max_seq": True}, "max_seq should be"),
+    ],
+)
+def test_limits_are_positive_integers(tmp_path, arguments, match):
+    with pytest.raises(UserError, match=match):
+        LLM(tmp_path, **arguments)
+    with pytest.raises(UserError, match=match):
+        make(tmp_path, **arguments)
+
+
+def test_bad_params(llm):
+    for outside in (10**9, VOCAB, 1 << 80):
+        with pytest.raises(UserError, match=f"stop_token_ids: token id {outside} is out of range.*ids 0 to 511"):
+            llm.generate_stream([[3], [4]], [SamplingParams(), SamplingParams(stop_token_ids=[5, outside])])
+    for params in (7, {"temperature": 1}, [{"temperature": 1}], "greedy"):
+        with pytest.raises(UserError, match="should be SamplingParams"):
+            llm.generate_stream([3], params)
+    assert llm._session.steps == []
+    assert llm.generate([3], SamplingParams(max_tokens=1, stop_token_ids=[VOCAB - 1])).token_ids
+
+
 def test_closing(tmp_path):
     with make(tmp_path) as llm:
         assert not llm._session.closed
+        stream = llm.generate_stream([3, 4], SamplingParams(max_tokens=5, ignore_eos=True))
+        chunks = llm.logits_chunks([3, 4])
+        next(stream)
     assert llm._session.closed
+    llm.close()
+    steps = len(llm._session.steps)
+    for call in (
+        lambda: llm.generate([3]),
+        lambda: llm.generate_stream([3]),
+        lambda: llm.logits([3]),
+        lambda: next(stream),
+        lambda: next(chunks),
+    ):
+        with pytest.raises(UserError, match="this LLM is closed"):
+            call()
+    assert len(llm._session.steps) == steps
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "generation config", "max_seq"])
+def test_a_failure_to_read_the_folder_closes_the_session(tmp_path, what):
+    session = FakeSession(7, spec())
+    if what == "tokenizer":
+        (tmp_path / "tokenizer.json").write_text("{}")
+    generation = {"do_sample": True, "temperature": -1} if what == "generation config" else {}
+    with pytest.raises(UserError, match=what.split()[0]):
+        LLM.from_loaded(Loaded(session, tmp_path, generation), max_seq=65 if what == "max_seq" else None)
+    assert session.closed
+
+
+def test_times_count_from_the_call(tmp_path, monkeypatch):
+    """A clock that moves by one second a step, and only then."""
+    clock, step = [100.0], FakeSession.step
+
+    def timed(*arguments):
+        clock[0] += 1
+        return step(*arguments)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(FakeSession, "step", timed)
+    llm, params = make(tmp_path, max_batch=1), SamplingParams(max_tokens=3, ignore_eos=True)
+    done = llm.generate(prompts_of([5, 8, 5]), params)  # one chunk, two, one; then two steps each
+    assert [each.ttft for each in done] == [1, 5, 8]
+    assert [each.tokens_per_second for each in done] == [1, 1, 1]
+    stream = llm.generate_stream(prompts_of([5]), params)
+    clock[0] += 10
+    assert [*stream][-1].completion.ttft == 11
 
 
 def test_overflowing_model_is_named(llm, monkeypatch):

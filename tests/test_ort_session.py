@@ -107,6 +107,8 @@ def test_cache_is_updated_in_place(fp32):
     assert bound[:-1] == addresses  # outputs are the very buffers that the inputs are
     session.close()
     session.close()
+    with pytest.raises(UserError, match="fp32 is closed: load it again"):
+        session.reserve(2, 20)
 
 
 def test_no_operator_copies_the_cache(fp32, monkeypatch, capfd):
@@ -194,7 +196,15 @@ def test_bad_graph_and_options(fp32, tmp_path):
         LLM(folder)
     with pytest.raises(UserError, match="cannot load .*model.onnx"):
         LLM(folder, verify=False)
-    for options in ({"threads": 0}, {"accuracy_level": 7}, {"chunk": 0}):
+    for options in (
+        {"threads": 0},
+        {"threads": "2"},
+        {"accuracy_level": 7},
+        {"accuracy_level": True},
+        {"chunk": 0},
+        {"chunk": "a"},
+        {"chunk": 2.5},
+    ):
         with pytest.raises(UserError, match=f"{next(iter(options))} should be"):
             LLM(fp32.path, **options)
     with pytest.raises(UserError, match="llmtrt build"):

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from llmtrt.quantization.packing import pack_int4, pack_table, unpack_int4
+from llmtrt.quantization.packing import pack_int4, pack_table
 from llmtrt.quantization.rtn import choose_block, round_to_nearest
 
 
@@ -39,7 +39,6 @@ def test_int4_packing_is_what_onnx_stores(shape):
     q = np.random.default_rng(0).integers(-8, 8, shape).astype(np.int8)
     packed = pack_int4(q)
     assert packed.tobytes() == ir.tensor(q.astype(ml_dtypes.int4)).tobytes()
-    assert (unpack_int4(packed, shape) == q).all()
 
 
 @pytest.mark.parametrize(("bits", "largest"), [(8, 127), (4, 7)])

@@ -1,5 +1,6 @@
 """TrtSession on a fake GPU (see fake_gpu) against OrtSession: the same numbers through other memory."""
 
+import dataclasses
 import sys
 
 import fake_gpu
@@ -80,7 +81,11 @@ def drive(session, prompts, steps):
     return ids, seen
 
 
-def test_chunked_batches_equal_onnxruntime(engine, machine, reference):
+@pytest.mark.parametrize("smallest", [8, runtime._SMALLEST_CONTEXT])
+def test_chunked_batches_equal_onnxruntime(engine, machine, reference, monkeypatch, smallest):
+    """With buckets of 8 rows and more, a step that ends at a bucket's last row and one that just needs the next come
+    up too."""
+    monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", smallest)
     cuda, trt = machine()
     session = TrtSession(engine)
     assert "Fake GPU" in session.description and "NONE" in session.description
@@ -94,9 +99,11 @@ def test_chunked_batches_equal_onnxruntime(engine, machine, reference):
         wanted_ids, wanted = drive(reference, prompts, 6)
         assert ids == wanted_ids
         assert all(np.abs(a - b).max() <= 1e-4 * np.ptp(b) for a, b in zip(logits, wanted, strict=True))
-    decode, prefill = trt.contexts
-    assert {run["input_ids"][1] for run in decode.runs} == {1}
-    assert {run["input_ids"][1] for run in prefill.runs} >= {CHUNK}
+    decode, prefill = trt.runs
+    assert {run["input_ids"][1] for run in decode} == {1}
+    assert {run["input_ids"][1] for run in prefill} >= {CHUNK}
+    ranges = {run["kv_range"][0] for run in decode + prefill}
+    assert ranges == ({8, 16, 32, engine.capacity} if smallest == 8 else {engine.capacity})
     session.close()
     session.close()
     assert not cuda.live and not cuda.streams
@@ -117,16 +124,76 @@ def test_all_rows_of_a_chunk_can_be_wanted(engine, machine, reference):
     assert not cuda.live
 
 
+def step_all(session, rows, wanted, start=0):
+    """One step of ``rows`` rows of one sequence from position ``start`` on, with the logits of the last ``wanted``."""
+    places = np.arange(rows)[None]
+    return session.step(places + start + 5, places + start, places[:, rows - wanted :])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        pytest.param(((4, 4), (1, 1), (8, 4), (1, 1)), id="activations grow, logits do not"),
+        pytest.param(((8, 2), (1, 1), (4, 4), (1, 1)), id="logits grow, activations do not"),
+        pytest.param(((1, 1), (8, 8), (1, 1), (8, 8)), id="both grow"),
+    ],
+)
+def test_buffers_that_grow_are_told_to_both_contexts(engine, machine, reference, shapes):
+    machine()
+    session = TrtSession(engine)
+    for each in (session, reference):
+        each.reserve(1, 40)
+    grown, start = [], 0
+    for rows, wanted in shapes:
+        logits, expected = (step_all(each, rows, wanted, start) for each in (session, reference))
+        assert np.abs(logits - expected).max() <= 1e-4 * np.ptp(expected)
+        grown.append((session._activation_bytes, session._host_logits.size))
+        start += rows
+    assert grown[-1] != grown[0]
+    session.close()
+
+
+def poison(cuda, session):
+    """NaN in all of the cache, as a request leaves whose activations overflow."""
+    size = sum(runtime._aligned(session._slots * each) for *_, each in session._caches)
+    np.frombuffer(cuda.inside(session._kv, size), np.float32)[:] = np.nan
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_nan_of_an_earlier_request_reaches_no_later_one(engine, machine, reference, monkeypatch, slots):
+    monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", 8)
+    cuda, _ = machine()
+    session = TrtSession(engine)
+    session.reserve(3, 40)
+    prompts = [np.random.default_rng(2).integers(0, 97, 19)] * slots
+    wanted_ids, wanted = drive(reference, prompts, 6)
+    for _ in range(2):
+        poison(cuda, session)
+        ids, logits = drive(session, prompts, 6)  # reserves 25 tokens
+        assert ids == wanted_ids
+        assert all(np.abs(a - b).max() <= 1e-4 * np.ptp(b) for a, b in zip(logits, wanted, strict=True))
+    one = np.zeros((slots, 1), np.int64)
+    assert np.isfinite(session.step(one, one + 25 + CHUNK - 1, one)).all()  # the last row that was reserved
+    session.close()
+
+
 def test_a_step_beyond_what_was_reserved_is_an_error_and_not_a_lost_row(engine, machine):
     machine()
     session = TrtSession(engine)
     session.reserve(1, 10)
     one = np.zeros((1, 1), np.int64)
     with pytest.raises(ValueError, match="more than what was reserved"):
-        session.step(one, one + engine.capacity, one)
+        session.step(one, one + 10 + CHUNK, one)
+    session.step(one, one + 10 + CHUNK - 1, one)
+    with pytest.raises(ValueError, match="more than what was reserved"):
+        session.step(np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64))
+    session.reserve(3, 40)
+    session.reserve(1, 10)
     with pytest.raises(ValueError, match="more than what was reserved"):
         session.step(np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64), np.zeros((2, 1), np.int64))
     session.close()
+    with pytest.raises(UserError, match="is closed"):
+        session.reserve(1, 10)
 
 
 def test_more_than_the_engine_holds_is_refused(engine, machine):
@@ -163,6 +230,87 @@ def test_a_failed_load_leaves_no_memory_behind(engine, machine, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         TrtSession(engine)
     assert not cuda.live and not cuda.streams
+
+
+def test_tensorrt_goes_before_what_it_uses(engine, machine):
+    """Contexts, engine, runtime; then the memory and the stream that they were given."""
+    cuda, trt = machine()
+    session = TrtSession(engine)
+    session.reserve(2, 20)
+    step_two = np.zeros((2, 1), np.int64)
+    session.step(step_two, step_two, step_two)
+    cuda.ended.clear()
+    session.close()
+    assert cuda.ended[:4] == ["context", "context", "engine", "runtime"]
+    assert {*cuda.ended[4:-1]} == {"memory"} and cuda.ended[-1] == "stream"
+
+
+def test_a_cache_that_is_not_updated_in_place_is_refused(engine, machine, monkeypatch):
+    cuda, _ = machine()
+    monkeypatch.setattr(fake_gpu.FakeEngine, "get_aliased_input_tensor", lambda self, name: None)
+    with pytest.raises(UserError, match="present_key_0 is not updated in place: build the engine anew"):
+        TrtSession(engine)
+    assert not cuda.live and not cuda.streams
+
+
+@pytest.mark.parametrize(
+    "asked, total, budget",
+    [(None, 1 << 30, 1 << 20), (None, 900_000, None), (1000, 1 << 30, 1000), (1 << 40, 0, 1 << 20)],
+)
+def test_weights_are_streamed_within_a_budget(engine, machine, asked, total, budget):
+    cuda, trt = machine(total or 1 << 30)
+    trt.streamable = 1 << 20
+    streaming = dataclasses.replace(engine, manifest={**engine.manifest, "flags": ["WEIGHT_STREAMING"]})
+    session = TrtSession(streaming, weight_budget=asked)
+    if budget is None:  # what is left beside the cache of one sequence, less an eighth
+        budget = total - total // 8 - engine.capacity * engine.spec.kv_bytes_per_token()
+        assert 0 < budget < trt.streamable
+    assert trt.budgets == [budget]
+    session.close()
+
+
+def test_a_plan_without_weights_is_refused(engine, machine):
+    machine()
+    stripped = dataclasses.replace(engine, manifest={**engine.manifest, "flags": ["REFIT_IDENTICAL", "STRIP_PLAN"]})
+    with pytest.raises(UserError, match="built without its weights.*build it without --strip"):
+        TrtSession(stripped)
+
+
+def test_a_runtime_that_does_not_start_says_why(engine, machine):
+    cuda, trt = machine()
+
+    class Runtime:
+        def __init__(self, logger):
+            if self.reason:
+                logger.log(1, self.reason)
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    trt.Runtime = Runtime
+    for Runtime.reason, match in (("CUDA initialization failure with error: 35", "error: 35"), ("", "nullptr")):
+        with pytest.raises(UserError, match=rf"TensorRT rtx .* does not start \(.*{match}\): `llmtrt doctor`"):
+            TrtSession(engine)
+        assert not cuda.live and not cuda.streams
+
+
+def test_what_tensorrt_refuses_is_an_error_with_its_reason(engine, machine, monkeypatch):
+    """The latest one, not what it complained of before."""
+    machine()
+    session = TrtSession(engine)
+    session.reserve(1, 20)
+    log = session._logger.log
+    for name in ("set_tensor_address", "set_input_shape", "execute_async_v3"):
+        log(1, "an old complaint")
+        if name == "execute_async_v3":
+            step_all(session, 1, 1)  # from here on the contexts are prepared
+            log(1, "an old complaint")
+        else:
+            session._prepared = [None, None]
+        with monkeypatch.context() as patch:
+            patch.setattr(fake_gpu.FakeContext, name, lambda *_: log(1, "out of cheese"))
+            with pytest.raises(RuntimeError, match="^TensorRT .*out of cheese$"):
+                step_all(session, 1, 1)
+    assert np.isfinite(step_all(session, 1, 1)).all()
+    session.close()
 
 
 def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_path):

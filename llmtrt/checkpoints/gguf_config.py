@@ -124,7 +124,8 @@ def config_of(path: Path, header: GgufHeader, read: Callable[[str], np.ndarray])
 
 def generation_config_of(metadata: dict) -> dict:
     """generation_config.json's content: every token that ends an answer, and the sampling that the file recommends."""
-    tokens, types = (metadata.get(f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))
+    tokens, types = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    tokens, types = (value if isinstance(value, list) else [] for value in (tokens, types))
     ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     ends += [index for index, (token, kind) in enumerate(zip(tokens, types)) if kind in (3, 4) and token in _ENDS]
     config = {"eos_token_id": list(dict.fromkeys(end for end in ends if end is not None))}

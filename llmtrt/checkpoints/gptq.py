@@ -90,8 +90,10 @@ class GptqCheckpoint(SafetensorsCheckpoint):
 def _check(path: Path, quantization: dict) -> int:
     """Refuses by reason what is not symmetric 4-bit GPTQ; the byte that its qzeros then consist of."""
     form = quantization.get("checkpoint_format") or "gptq"
-    if form not in _STORED_ZERO:
-        raise UserError(f"{path}: GPTQ checkpoint_format {form!r} is not one of gptq and gptq_v2: {_UNQUANTIZED}")
+    if not isinstance(form, str) or form not in _STORED_ZERO:
+        raise UserError(
+            f"{path}: GPTQ checkpoint_format {str(form)[:40]!r} is not one of gptq and gptq_v2: {_UNQUANTIZED}"
+        )
     if quantization.get("bits") != 4:
         raise UserError(f"{path} is GPTQ with {quantization.get('bits')} bits, and llmtrt reads 4: {_UNQUANTIZED}")
     if quantization.get("sym") is False:

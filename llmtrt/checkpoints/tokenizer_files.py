@@ -51,4 +51,9 @@ def write_side_files(target: Path, config: dict, template: object) -> None:
     if config:
         files.write_json(target / CONFIG, config)
     if isinstance(template, str) and template:
-        (target / TEMPLATE).write_text(template, encoding="utf-8")
+        try:
+            (target / TEMPLATE).write_text(template, encoding="utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the checkpoint's chat template is not text ({error}): fetch the tokenizer again"
+            ) from None

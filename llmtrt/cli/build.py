@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="X.Y",
-        help="a GPU to build for, such as 8.9; may be repeated (default: the flavor's own choice)",
+        help="a GPU to build for, such as 8.9, or current; may be repeated (default: the flavor's own choice)",
     )
     parser.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
     parser.add_argument("--strip", action="store_true", help="leave the weights in the package (needs a GPU)")

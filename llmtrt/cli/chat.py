@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> None:
             except KeyboardInterrupt:
                 print(" …", end="")
             except UserError as error:
-                # The chat outgrew the context, or the template refuses a message: the rest of it goes on.
-                messages.pop()
-                print(f"error: {error}", file=sys.stderr)
+                # It outgrew the context, or the template refuses a message: either would meet every later question too.
+                print(f"error: {error}; the chat starts anew", file=sys.stderr)
+                del messages[1 if options.system else 0 :]
                 continue
             print()
             messages.append({"role": "assistant", "content": answer})

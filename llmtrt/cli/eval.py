@@ -19,17 +19,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     import json
+    import math
     from pathlib import Path
 
     from llmtrt import progress
     from llmtrt.errors import UserError
     from llmtrt.evaluate.perplexity import perplexity
-    from llmtrt.evaluate.quality import save_quality
+    from llmtrt.evaluate.quality import require_package, save_quality
 
     try:
         text = Path(options.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text {options.text}: expected a readable UTF-8 text ({error})") from None
+    if options.save:
+        require_package(Path(options.model))
     with load(options) as llm:
         with progress.shown("evaluating") as report:
             result = perplexity(llm, text, options.context, options.tokens, report)
@@ -37,16 +40,9 @@ def run(options: argparse.Namespace) -> None:
             how = {"runtime": llm.runtime, "accuracy_level": options.accuracy_level}
             save_quality(Path(options.model), Path(options.text), result, **how)
         if options.json:
-            print(
-                json.dumps(
-                    result
-                    | {
-                        "runtime": llm.runtime,
-                        "text": Path(options.text).name,
-                        "accuracy_level": options.accuracy_level,
-                    }
-                )
-            )
+            how = {"runtime": llm.runtime, "text": Path(options.text).name, "accuracy_level": options.accuracy_level}
+            finite = {name: value if math.isfinite(value) else None for name, value in result.items()}
+            print(json.dumps(finite | how))
         else:
             print(
                 f"perplexity {result['perplexity']:.3f} over {result['tokens']} tokens, context {result['context']}, "

@@ -14,31 +14,33 @@ def run(options: argparse.Namespace) -> None:
     import json
     from pathlib import Path
 
-    from llmtrt.package import is_package, open_package
+    from llmtrt.engine.manifest import is_engine, open_engine
+    from llmtrt.errors import UserError
+    from llmtrt.package import open_package
 
     path, verify = Path(options.model), not options.no_verify
-    if is_package(path):
-        opened = open_package(path, verify)
-    elif path.is_dir():
-        from llmtrt.engine.manifest import is_engine, open_engine
-
-        opened = open_engine(path, verify) if is_engine(path) else open_package(path, verify)
-    else:
-        opened = open_package(path, verify)
+    opened = open_engine(path, verify) if is_engine(path) else open_package(path, verify)
     if options.json:
         print(json.dumps(opened.manifest))
         return
-    rows = dict(_rows(opened.manifest))
-    if is_package(path):
-        rows |= _quality_rows(path)
+    try:
+        rows = dict(_rows(opened.manifest)) | ({} if is_engine(path) else _quality_rows(path))
+        lines = list(_layers(opened.manifest)) if options.layers else []
+    except (KeyError, TypeError, AttributeError, ValueError):
+        # The parts that only a person reads are not checked when it is opened.
+        raise UserError(f"{path}: its manifest is not as llmtrt writes it: make it anew") from None
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
-    if options.layers:
-        for name, tensor in opened.manifest.get("quantization", {}).get("tensors", {}).items():
-            block = f" in blocks of {tensor['block']}" if "block" in tensor else ""
-            error = f", relative error {tensor['error']}" if "error" in tensor else ""
-            print(f"  {name}  {tensor['form']}{block} {tensor['shape']}{error}")
+    for line in lines:
+        print(f"  {line}")
+
+
+def _layers(manifest: dict):
+    for name, tensor in manifest.get("quantization", {}).get("tensors", {}).items():
+        block = f" in blocks of {tensor['block']}" if "block" in tensor else ""
+        error = f", relative error {tensor['error']}" if "error" in tensor else ""
+        yield f"{name}  {tensor['form']}{block} {tensor['shape']}{error}"
 
 
 def _rows(manifest: dict):

@@ -17,16 +17,16 @@ def run(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from llmtrt.graph.lint import lint
-    from llmtrt.package import GRAPH
 
     path = Path(options.model)
-    findings = lint(path / GRAPH if path.is_dir() else path)
+    findings = lint(path)
     if options.json:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
         for finding in findings:
             where = f" at {finding.node} ({finding.operator})" if finding.node else ""
-            print(f"{finding.severity}: {finding.rule}{where}: {finding.message} {finding.advice}".rstrip())
+            advice = f"; {finding.advice}" if finding.advice else ""
+            print(f"{finding.severity}: {finding.rule}{where}: {finding.message}{advice}")
         errors = sum(finding.severity == "error" for finding in findings)
         print(f"{path}: {errors} errors, {len(findings) - errors} warnings")
     return int(any(finding.severity == "error" for finding in findings))

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import signal
 import sys
 
 from llmtrt import __version__
@@ -30,17 +31,32 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except UserError as error:
-        print(f"llmtrt {options.verb}: error: {error}", file=sys.stderr)
-        return 2
+        return _mistake(options.verb, str(error))
     except KeyboardInterrupt:
-        print(f"llmtrt {options.verb}: error: interrupted, nothing was left behind", file=sys.stderr)
-        return 2
+        return _mistake(options.verb, "interrupted" + (", nothing was left behind" if "output" in options else ""))
     except BrokenPipeError:
         # The reader of our output left, as `| head` does; Python would complain when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("llmtrt"):
+            raise
+        extra = {"quantize": "quantize", "lint": "quantize", "build": "rtx"}.get(options.verb, "cpu")
+        return _mistake(options.verb, f"the Python module {error.name} is missing: pip install 'llmtrt[{extra}]'")
+    except OSError as error:
+        # What the verbs do not say better: a name that is too long, a folder that may not be read, a full stdout.
+        return _mistake(options.verb, f"{error.filename or 'output'}: {error.strerror or error}")
+
+
+def _mistake(verb: str, sentence: str) -> int:
+    print(f"llmtrt {verb}: error: {sentence}", file=sys.stderr)
+    return 2
 
 
 def script() -> None:
     """The installed command."""
+    # A terminal that cannot show a character shows another; and a polite end cleans up as Ctrl-C does.
+    sys.stdout.reconfigure(errors="replace")
+    sys.stderr.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -75,11 +75,19 @@ def build(
     narrows the GPUs that it runs on; without, a flavor that builds ahead of time makes one plan for all of 8.0 and
     later, and any other for the GPU at hand.
 
-    Raises UserError, with nothing written, for a flavor that is missing, a flag that needs a GPU where there is none, a
-    graph that TensorRT refuses (naming the nodes), a failed build (with TensorRT's reason) and a full disk.
+    ``strip`` leaves the weights in the package and needs a GPU; nothing here refits them when an engine is loaded, so
+    a stripped one cannot be run yet.
+
+    Raises UserError, with nothing written, for a flavor that is missing, a flavor or a flag that needs a GPU where there
+    is none, a graph that TensorRT refuses (naming the nodes), a failed build (with TensorRT's reason) and a full disk.
     """
     start, output = time.monotonic(), Path(output)
     trt = choose(flavor)
+    if not trt.can("builds_without_gpu") and (problem := find_gpus().problem):
+        raise UserError(
+            f"TensorRT {trt.name} {trt.version} builds only where there is an NVIDIA GPU, but {problem}: build on a machine "
+            "with one, or ahead of time with --flavor rtx"
+        )
     flags = _flags(trt, weight_streaming, strip, refit)
     targets = _targets(trt, compute_capabilities)
     package = open_package(package_path, verify)
@@ -150,38 +158,47 @@ def _targets(flavor: Flavor, wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 def _lowered(package: Package, flavor: Flavor, options: _Options) -> tuple["ir.Model", list[str]]:
     """The graph in the form that ``flavor`` takes; UserError where the linter knows that it would be refused or misread."""
-    from llmtrt.graph.lint import lint_model
     from llmtrt.graph.lowering import Target, lower
 
-    model, names = lower(_load(package), Target(flavor.name, flavor.capabilities, options.capacity))
-    errors = [finding for finding in lint_model(model, package.path, lowered=True) if finding.severity == "error"]
-    if errors:
-        first, more = (
-            errors[0],
-            f" (and {len(errors) - 1} more: see `llmtrt lint {package.path}`)" if errors[1:] else "",
-        )
-        where = f"{first.node} ({first.operator})" if first.operator else first.node
-        raise UserError(f"{package.graph}: {where} breaks the rule {first.rule}: {first.message}{more}")
+    model = _load(package)
+    _lint(package, model, lowered=False)  # lowerings are written for graphs that keep to the contract
+    model, names = lower(model, Target(flavor.name, flavor.capabilities, options.capacity))
+    _lint(package, model, lowered=True)
     return model, names
+
+
+def _lint(package: Package, model: "ir.Model", lowered: bool) -> None:
+    from llmtrt.graph.lint import lint_model
+
+    errors = [finding for finding in lint_model(model, package.path, lowered) if finding.severity == "error"]
+    if errors:
+        first, more = errors[0], len(errors) - 1
+        where = f"{first.node} ({first.operator})" if first.operator else first.node or "the graph"
+        see = "" if lowered else f": see `llmtrt lint {package.path}`"
+        raise UserError(
+            f"{package.graph}: {where} breaks the rule {first.rule}: {first.message}; {first.advice}"
+            f"{f' (and {more} more{see})' if more else ''}"
+        )
 
 
 def _load(package: Package) -> "ir.Model":
     """The graph, its weights left on disk; UserError for one that is not ONNX or points outside the package."""
     import onnx_ir as ir
 
+    from llmtrt.graph.lint import external_tensors
+
     try:
         model = ir.load(package.graph)
     except Exception as error:  # noqa: BLE001 - protobuf and onnx_ir have no common base class for what a bad file makes them raise
         raise UserError(f"{package.graph} is not a readable ONNX model ({' '.join(str(error).split())})") from None
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            name = os.fspath(tensor.location)
-            files.child(package.path, name)
-            if name not in package.manifest["files"]:
-                raise UserError(
-                    f"{package.graph}: tensor {value.name!r} lies in {name}, which the manifest does not list"
-                )
+    for tensor_name, tensor in external_tensors(model):
+        name = os.fspath(tensor.location)
+        files.child(package.path, name)
+        if name not in package.manifest["files"]:
+            raise UserError(
+                f"{package.graph}: tensor {tensor_name!r} lies in {name}, which the manifest does not list: make the "
+                "package anew with `llmtrt quantize`"
+            )
     return model
 
 
@@ -191,9 +208,12 @@ def _write_plan(
     import onnx_ir as ir
 
     trt, logger = flavor.module, make_logger(flavor)
-    builder = trt.Builder(logger)
-    if builder is None:
-        raise UserError(f"TensorRT {flavor.name} {flavor.version} does not start: {logger.reason()}")
+    try:
+        builder = trt.Builder(logger)
+    except TypeError as error:  # pybind11's word for a factory that returned nullptr
+        raise UserError(
+            f"TensorRT {flavor.name} {flavor.version} does not start ({logger.reason() or error}): see `llmtrt doctor`"
+        ) from None
     network = builder.create_network(_network_flags(trt))
     parser = parse(flavor, network, ir.to_proto(model).SerializeToString(), package.graph, logger)  # owns the weights
     config = builder.create_builder_config()
@@ -209,7 +229,7 @@ def _write_plan(
         try:
             built = job.result()
         except BaseException:
-            monitor.stop = True
+            monitor.cancel()
             raise
     del parser
     if monitor.error:

@@ -1,13 +1,44 @@
 """What this machine can do: runtimes, TensorRT flavors, GPUs, and the command that installs what is missing."""
 
 import importlib
+import importlib.metadata
 import platform
+import re
 from dataclasses import asdict, dataclass
 
 from llmtrt.engine.flavor import CAPABILITIES, Flavor, find_flavors
 from llmtrt.engine.gpu import Gpu, find_gpus
 from llmtrt.runtime.cuda import INSTALL
 from llmtrt.runtime.onnxruntime import MINIMUM_VERSION
+
+
+@dataclass(frozen=True)
+class Library:
+    """A Python package that llmtrt needs for some verb; ``module`` is the name that it is imported by. The minimums are
+    those of pyproject.toml."""
+
+    name: str
+    module: str
+    minimum: tuple[int, ...]
+    purpose: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}>={'.'.join(map(str, self.minimum))}"
+
+
+_PIP = "pip install "
+_WRITES = "quantizes checkpoints, writes graphs"
+LIBRARIES = (
+    Library("onnxruntime", "onnxruntime", MINIMUM_VERSION, "runs packages on the CPU"),
+    Library("onnx", "onnx", (1, 20), _WRITES),
+    Library("onnx_ir", "onnx_ir", (1, 0), _WRITES),
+    Library("ml_dtypes", "ml_dtypes", (0, 5), _WRITES),
+    Library("pyyaml", "yaml", (6,), "reads recipes"),
+    Library("gguf", "gguf", (0, 17), "reads GGUF checkpoints"),
+)
+_QUANTIZE = ("onnx", "onnx_ir", "ml_dtypes", "pyyaml")
+_BUILD = ("onnx", "onnx_ir", "ml_dtypes")
 
 
 @dataclass(frozen=True)
@@ -53,7 +84,7 @@ def examine() -> Facts:
     """Looks at this machine. It imports the libraries it reports on, makes no CUDA context and raises nothing."""
     flavors, found = find_flavors(), find_gpus()
     usable = [flavor for flavor in flavors if isinstance(flavor, Flavor)]
-    components = (_onnxruntime(), *map(_component, flavors), _cuda_bindings())
+    components = (*map(_library, LIBRARIES), *map(_component, flavors), _cuda_bindings())
     gpus = tuple(GpuFacts(gpu, {flavor.name: _fit(flavor, gpu) for flavor in usable}) for gpu in found.gpus)
     return Facts(
         platform.python_version(),
@@ -67,14 +98,22 @@ def examine() -> Facts:
     )
 
 
-def _onnxruntime() -> Component:
-    purpose, command = "runs packages on the CPU", f"pip install 'onnxruntime>={'.'.join(map(str, MINIMUM_VERSION))}'"
-    version, problem = _import("onnxruntime")
-    if version and tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < MINIMUM_VERSION:
-        return Component("onnxruntime", purpose, version, problem="too old for opset 24", command=command)
-    return Component(
-        "onnxruntime", purpose, version, ("runs packages",) if version else (), problem, command if problem else ""
-    )
+def _library(library: Library) -> Component:
+    version, problem = _import(library.module)
+    if version == "unknown":
+        version = _installed_version(library.name)
+    numbers = tuple(map(int, re.findall(r"\d+", version)))
+    if numbers and numbers < library.minimum:
+        version, problem = "", f"too old: {version} instead of {library.requirement}"
+    command = f"{_PIP}'{library.requirement}'" if problem else ""
+    return Component(library.name, library.purpose, version, (), problem, command)
+
+
+def _installed_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _cuda_bindings() -> Component:
@@ -96,7 +135,8 @@ def _import(name: str, *more: str) -> tuple[str, str]:
         for other in more:
             importlib.import_module(other)
     except ModuleNotFoundError as error:
-        return "", "not installed" if name.startswith(error.name or "") else f"does not load: it needs {error.name}"
+        is_absent = f"{name}.".startswith(f"{error.name}.")
+        return "", "not installed" if is_absent else f"does not load: it needs {error.name}"
     except Exception as error:  # noqa: BLE001 - whatever a broken installation makes it raise is the finding
         return "", f"does not load: {' '.join(str(error).split())}"
     return str(getattr(module, "__version__", "unknown")), ""
@@ -126,30 +166,39 @@ def _verdict(
 ) -> tuple[str, ...]:
     state = {component.name: component for component in components}
     lines = []
-    ort = state["onnxruntime"]
-    lines.append(
-        "packages run on ONNX Runtime"
-        if not ort.problem
-        else f"packages do not run: ONNX Runtime is {ort.problem} (`{ort.command}`)"
-    )
+    lacks = _lacking(state, "onnxruntime")
+    lines.append(f"packages do not run: {lacks}" if lacks else "packages run on ONNX Runtime")
+    if lacks := _lacking(state, *_QUANTIZE):
+        lines.append(f"packages cannot be made: {lacks}")
+    else:
+        lacks = _lacking(state, "gguf")
+        lines.append(f"packages can be made, but not of GGUF files: {lacks}" if lacks else "packages can be made")
     builders = [flavor for flavor in usable if flavor.can("build") and (gpus or flavor.can("builds_without_gpu"))]
-    if builders:
+    lacks = _lacking(state, *_BUILD)
+    if builders and not lacks:
         names = ", ".join(f"TensorRT {flavor.name} {flavor.version}" for flavor in builders)
         lines.append(
             f"engines can be built with {names}" + ("" if gpus else ", ahead of time, without strip and refit")
         )
     else:
-        missing = next(
-            (component for component in components if component.name.startswith("TensorRT") and component.command), None
-        )
-        lines.append("engines cannot be built" + (f": `{missing.command}`" if missing else " without a GPU"))
+        commands = [part.command for part in components if part.name.startswith("TensorRT") and part.command]
+        tensorrt = "" if builders else f"`{commands[0]}`" if commands else "there is no GPU"
+        lines.append(f"engines cannot be built: {'; '.join(filter(None, (tensorrt, lacks)))}")
     if gpu_problem:
         lines.append(f"engines cannot run: {gpu_problem}")
     elif not usable:
         lines.append("engines cannot run: no TensorRT is installed")
-    elif state["cuda-bindings"].problem:
-        bindings = state["cuda-bindings"]
-        lines.append(f"engines cannot run: cuda-bindings is {bindings.problem} (`{bindings.command}`)")
+    elif lacks := _lacking(state, "cuda-bindings"):
+        lines.append(f"engines cannot run: {lacks}")
     else:
         lines.append("engines can run")
     return tuple(lines)
+
+
+def _lacking(state: dict[str, Component], *names: str) -> str:
+    """What is wrong with these components and the one command that mends it; empty where they are all here."""
+    broken = [state[name] for name in names if state[name].problem]
+    if not broken:
+        return ""
+    command = _PIP + " ".join(part.command.removeprefix(_PIP) for part in broken)
+    return f"{', '.join(f'{part.name} ({part.problem})' for part in broken)}: `{command}`"

@@ -9,8 +9,9 @@ from llmtrt.progress import Report
 def make_monitor(flavor: Flavor, report: Report) -> Any:
     """An IProgressMonitor of the flavor: reports the steps of the outermost phase, noting the innermost.
 
-    With ``stop`` set to True the build ends at its next step; what ``report`` raised, which cannot pass through
-    TensorRT, does that too and is kept in ``error``. TensorRT keeps no reference of its own: hold it.
+    After ``cancel()`` the build ends at its next step, which may be seconds away, so a last note says "stopping…"; what
+    ``report`` raised, which cannot pass through TensorRT, ends it too and is kept in ``error``. TensorRT keeps no
+    reference of its own: hold it.
     """
     trt = flavor.module
 
@@ -20,7 +21,14 @@ def make_monitor(flavor: Flavor, report: Report) -> Any:
             self.stop, self.error = False, None
             self._outer, self._done, self._total, self._open = "", 0, 1, []
 
+        def cancel(self):
+            if not self.stop:
+                self._report("stopping…")
+            self.stop = True
+
         def _report(self, note):
+            if self.stop:
+                return
             try:
                 report(self._done, self._total, note)
             except BaseException as error:  # noqa: BLE001 - it is raised again when the build has ended

@@ -13,17 +13,22 @@ _LISTED = 3
 
 @dataclass(frozen=True)
 class ParseError:
-    """One IParserError. ``stack`` lists the local functions around the node, outermost last."""
+    """One IParserError. ``index`` is the place in the main graph of the node, or of the call of the outermost function
+    around it; ``stack`` lists those functions' calls, outermost first, as TensorRT does."""
 
     node: str
+    index: int
     operator: str
     reason: str
     code: str
     stack: tuple[str, ...]
 
     def __str__(self) -> str:
-        inside = f" in {' in '.join(self.stack)}" if self.stack else ""
-        return f"node {self.node!r} ({self.operator or 'no operator'}){inside}: {self.reason} [{self.code}]"
+        # The index counts in the main graph alone, so it does not tell which node of a function is meant.
+        unnamed = "an unnamed node" if self.stack or self.index < 0 else f"node #{self.index}"
+        node = f"node {self.node!r}" if self.node else unnamed
+        inside = "".join(f" in {call}" for call in reversed(self.stack))
+        return f"{node} ({self.operator or 'no operator'}){inside}: {self.reason} [{self.code}]"
 
 
 def parse(flavor: Flavor, network: Any, model: bytes, path: Path, logger: Any) -> Any:
@@ -46,14 +51,19 @@ def parse_errors(parser: Any) -> list[ParseError]:
     errors = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
+        code = getattr(error.code(), "name", str(error.code()))
         stack = tuple(error.local_function_stack()) if error.local_function_stack_size() else ()
         errors.append(
-            ParseError(
-                error.node_name(),
-                error.node_operator(),
-                sentence(error.desc()),
-                getattr(error.code(), "name", str(error.code())),
-                stack,
-            )
+            ParseError(error.node_name(), error.node(), error.node_operator(), _reason(error, code), code, stack)
         )
     return errors
+
+
+def _reason(error: Any, code: str) -> str:
+    """What an IParserError says; where that is the text of a failed check, ``false``, what is known besides."""
+    said = sentence(error.desc())
+    if said not in ("", "false"):
+        return said
+    if code == "UNSUPPORTED_NODE":
+        return f"TensorRT has no importer for this operator ({error.func()})"
+    return f"TensorRT gives no reason but its function {error.func()}"

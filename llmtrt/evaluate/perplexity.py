@@ -34,7 +34,7 @@ def perplexity(
             f"the text has {len(ids)} tokens and {wanted} were asked for: give a longer text or fewer --tokens"
         )
     windows = wanted // context
-    if not windows:
+    if windows < 1:
         raise UserError(
             f"{wanted} tokens are less than one context of {context}: give a longer text or a shorter --context"
         )

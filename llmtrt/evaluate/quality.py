@@ -14,14 +14,19 @@ def save_quality(package: Path, text: Path, result: dict, **how: object) -> None
     ``text`` is the file that it was measured on; ``how`` names what else decides the number (runtime, accuracy level).
     Raises UserError if ``package`` is no package or cannot be written.
     """
-    if not is_package(package):
-        raise UserError(f"--save keeps results in a package, and {package} is none: leave it out")
+    require_package(package)
     way = {"text": text.name, "sha256": files.digest_file(text)["sha256"], "context": result["context"]}
     way |= {"tokens": result["tokens"]} | how
     kept = [entry for entry in read_quality(package) if any(entry.get(key) != value for key, value in way.items())]
     entry = way | {"perplexity": round(result["perplexity"], 4), "date": date.today().isoformat()}
     with files.staged_file(package / QUALITY) as staging:
         files.write_json(staging, {"measured": [*kept, entry]})
+
+
+def require_package(path: Path) -> None:
+    """UserError unless ``path`` is a package: what can be said before the hours of an evaluation."""
+    if not is_package(path):
+        raise UserError(f"--save keeps results in a package, and {path} is none: leave it out")
 
 
 def read_quality(package: Path) -> list[dict]:

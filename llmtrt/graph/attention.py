@@ -61,7 +61,7 @@ def update_cache(
 ) -> ir.Value:
     """past [B, Hkv, C, D] with rows ``write_at`` [B] … + S replaced by new [B, Hkv, S, D].
 
-    The sum is a network output and its buffer is the input's own, so nothing is copied.
+    The result is a network output and its buffer is the input's own, so nothing is copied.
     """
     with g.scope(f"present_{which}_{index}"):
         return g.op("TensorScatter", past, new, write_at, axis=2, mode="linear")

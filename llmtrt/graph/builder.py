@@ -48,7 +48,7 @@ class GraphBuilder:
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         """A small constant shared by all who ask for the same value and type."""
         array = np.asarray(value, dtype)
-        said = "_".join(str(x) for x in array.flatten()[:8])
+        said = "_".join(map(str, array.flatten()))
         name = f"constant/{array.dtype}{list(array.shape)}_{said}".replace(" ", "")
         return self.initializer(ir.tensor(array, name=name))
 

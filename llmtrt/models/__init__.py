@@ -18,7 +18,7 @@ def decoder_of(config: dict, where: str, max_seq: int | None = None, ignore: Ite
     """
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else None
-    if architecture not in FAMILIES:
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise UserError(
             f"{where}: the architecture {architecture!r} is not supported: llmtrt has {', '.join(FAMILIES)}"
         )

@@ -5,14 +5,20 @@ from typing import Any
 
 from llmtrt.errors import UserError
 
-# Fields that say nothing about what the model computes for one sequence at inference.
+# Fields that say nothing about what the model computes for one sequence at inference: book-keeping, training, and the
+# generation defaults that older versions of transformers wrote here.
 BOOKKEEPING = frozenset(
     """_attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path architectures
-    attention_dropout attn_implementation auto_map bos_token_id cache_implementation chunk_size_feed_forward dtype
-    embd_pdrop eos_token_id hidden_dropout id2label initializer_range is_decoder is_encoder_decoder label2id model_type
-    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type quantization_config resid_pdrop
-    return_dict task_specific_params tokenizer_class torch_dtype transformers.js_config transformers_version
-    unk_token_id unsloth_fixed unsloth_version use_cache""".split()
+    attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_implementation
+    chunk_size_feed_forward diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
+    eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder is_llama_config label2id
+    length_penalty max_length max_new_tokens max_sequence_length min_length model_max_length model_type neftune_noise_alpha
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_scores pad_token_id prefix pretraining_tp problem_type quantization_config remove_invalid_values
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
 )
 _REQUIRED = object()
 
@@ -31,13 +37,18 @@ class ConfigReader:
     def __contains__(self, name: str) -> bool:
         return self._fields.get(name) is not None
 
+    def states(self, name: str) -> bool:
+        """Whether the field is there at all, be it null."""
+        return name in self._fields
+
     def raw(self, name: str) -> Any:
         self._taken.add(name)
         return self._fields.get(name)
 
-    def count(self, name: str, default: Any = _REQUIRED) -> int:
-        """A positive integer."""
-        return self._typed(name, default, lambda v: type(v) is int and 0 < v < 1 << 31, "a positive integer")
+    def count(self, name: str, default: Any = _REQUIRED, limit: int = (1 << 31) - 1) -> int:
+        """A positive integer up to ``limit``."""
+        said = "a positive integer" + (f" up to {limit}" if limit < (1 << 31) - 1 else "")
+        return self._typed(name, default, lambda v: type(v) is int and 0 < v <= limit, said)
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
         """A positive number."""

@@ -63,6 +63,7 @@ def read_decoder(
     *,
     activation_field: str = "hidden_act",
     tied: bool = False,
+    partial_rope: bool = False,
     **differences,
 ) -> Decoder:
     """What every family's config.json has in common; ``differences`` replace fields of the Decoder.
@@ -76,11 +77,13 @@ def read_decoder(
     if heads % kv_heads:
         raise config.refuse(f"num_attention_heads = {heads} should be a multiple of num_key_value_heads = {kv_heads}")
     positions = config.count("max_position_embeddings")
-    max_seq = max_seq or positions
-    if max_seq > positions:
-        raise config.refuse(f"--max-seq {max_seq} is more than the model's max_position_embeddings, {positions}")
-    layers = differences.pop("layers", None) or (Layer(),) * config.count("num_hidden_layers")
-    ropes = differences.pop("ropes", None) or (one_rope(config, head_dim, max_seq),)
+    max_seq = positions if max_seq is None else max_seq
+    if not 0 < max_seq <= positions:
+        raise config.refuse(f"--max-seq {max_seq} should be from 1 to the model's max_position_embeddings, {positions}")
+    layers = differences.pop("layers", None) or (Layer(),) * read_layer_count(config)
+    # A window that no position leaves is none: Phi-3 has one of 262,144 over 131,072 positions.
+    layers = tuple(replace(layer, window=None) if (layer.window or 0) >= max_seq else layer for layer in layers)
+    ropes = differences.pop("ropes", None) or (one_rope(config, head_dim, max_seq, partial_rope),)
     config.only("is_encoder_decoder", False)
     return replace(
         Decoder(
@@ -91,7 +94,7 @@ def read_decoder(
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_eps=config.number("rms_norm_eps", 1e-6),
+            norm_eps=config.number("rms_norm_eps"),
             activation=ACTIVATIONS[config.only(activation_field, *ACTIVATIONS)],
             tied=config.flag("tie_word_embeddings", tied),
             max_seq=max_seq,
@@ -105,25 +108,36 @@ def read_decoder(
 
 def read_head_dim(config: ConfigReader, default: int) -> int:
     """head_dim, which rotary embeddings need to be even."""
-    head_dim = config.count("head_dim", None) or default
+    head_dim = config.count("head_dim", None, limit=1 << 13) or default
     if head_dim % 2:
         raise config.refuse(f"head_dim should be even for rotary embeddings, but is {head_dim}")
     return head_dim
 
 
-def one_rope(config: ConfigReader, head_dim: int, max_seq: int) -> Rope:
-    """The rope of a model whose layers all have the same, from ``rope_parameters`` or its older spelling."""
+def read_layer_count(config: ConfigReader) -> int:
+    """num_hidden_layers, bounded: it is all that a damaged file needs to fill the memory."""
+    return config.count("num_hidden_layers", limit=10_000)
+
+
+def one_rope(config: ConfigReader, head_dim: int, max_seq: int, partial: bool = False) -> Rope:
+    """The rope of a model whose layers all have the same, from ``rope_parameters`` or its older spelling.
+
+    ``partial``: whether the family may rotate but a share of each head.
+    """
     theta = config.number("rope_theta", None)
-    partial = config.number("partial_rotary_factor", 1.0)
+    share = config.number("partial_rotary_factor", 1.0) if partial else None
     original = config.count("original_max_position_embeddings", None)
-    scaling = config.part("rope_scaling")
-    parameters = config.part("rope_parameters") or scaling or ConfigReader({}, "rope_parameters")
-    return read_rope(parameters, head_dim, config.count("max_position_embeddings"), max_seq, original, partial, theta)
+    if "rope_parameters" in config and "rope_scaling" in config:
+        raise config.refuse(
+            "rope_parameters and its older spelling, rope_scaling, are both given: keep the one that holds"
+        )
+    parameters = config.part("rope_parameters") or config.part("rope_scaling") or ConfigReader({}, "rope_parameters")
+    return read_rope(parameters, head_dim, config.count("max_position_embeddings"), max_seq, original, share, theta)
 
 
 def windowed(config: ConfigReader, window: int | None, sliding=lambda index: True) -> tuple[Layer, ...]:
     """Layers of which those in ``layer_types``, or else those that ``sliding(index)`` names, see only a window."""
-    count = config.count("num_hidden_layers")
+    count = read_layer_count(config)
     types = config.names("layer_types", count, ("full_attention", "sliding_attention"))
     local = (
         [kind == "sliding_attention" for kind in types]

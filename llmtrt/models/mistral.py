@@ -7,4 +7,6 @@ ARCHITECTURES = ("MistralForCausalLM",)
 
 
 def read(config: ConfigReader, max_seq: int | None) -> Decoder:
+    if not config.states("sliding_window"):
+        raise config.refuse("the field sliding_window is missing: expected a number of tokens, or null for none")
     return read_decoder(config, "mistral", max_seq, layers=windowed(config, config.count("sliding_window", None)))

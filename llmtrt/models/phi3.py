@@ -7,7 +7,13 @@ ARCHITECTURES = ("Phi3ForCausalLM",)
 
 
 def read(config: ConfigReader, max_seq: int | None) -> Decoder:
-    config.only("attention_bias", False)
+    for name, only in (("attention_bias", False), ("full_attn_mod", 1), ("interpolate_factor", 1)):
+        config.only(name, only)
     return read_decoder(
-        config, "phi3", max_seq, packed=True, layers=windowed(config, config.count("sliding_window", None))
+        config,
+        "phi3",
+        max_seq,
+        partial_rope=True,
+        packed=True,
+        layers=windowed(config, config.count("sliding_window", None)),
     )

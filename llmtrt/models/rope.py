@@ -26,19 +26,25 @@ def read_rope(
     max_positions: int,
     max_seq: int,
     original: int | None = None,
-    partial: float = 1.0,
+    partial: float | None = None,
     theta: float | None = None,
 ) -> Rope:
     """The Rope that ``rope_parameters`` (or, in older files, ``rope_scaling`` with ``theta`` beside it) describes.
 
     ``max_positions`` is the configuration's max_position_embeddings, ``original`` what it was before stretching if the
-    configuration says so outside of ``parameters``, ``partial`` the rotated share of ``head_dim``. Raises UserError for a
-    type or field that is not implemented.
+    configuration says so outside of ``parameters``, ``partial`` the rotated share of ``head_dim`` for the families that
+    have one (in the others the field is not understood, hence refused). Raises UserError for a type or field that is not
+    implemented, and for numbers that make no frequencies.
     """
     kind = parameters.raw("rope_type") or parameters.raw("type") or "default"
     parameters.raw("type")
     base = parameters.number("rope_theta", theta if theta is not None else 10000.0)
-    dim = int(head_dim * parameters.number("partial_rotary_factor", partial))
+    if base <= 1 or base != (theta or base):
+        raise parameters.refuse(
+            f"rope_theta should be one number above 1, but is {base}" + (f" and {theta}" if theta else "")
+        )
+    share = 1.0 if partial is None else parameters.number("partial_rotary_factor", partial)
+    dim = int(head_dim * share)
     if dim % 2 or not 0 < dim <= head_dim:
         raise parameters.refuse(f"the rotary dimension should be an even number up to {head_dim}, but is {dim}")
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
@@ -51,11 +57,16 @@ def read_rope(
         "longrope": _longrope,
         "su": _longrope,
     }
-    if kind not in readers:
+    if not isinstance(kind, str) or kind not in readers:
         raise parameters.refuse(f"rope_type is {kind!r}, which llmtrt does not implement: it has {', '.join(readers)}")
-    original = parameters.count("original_max_position_embeddings", original)
-    rope = readers[kind](parameters, powers, base, original or max_positions, max_positions, max_seq)
+    original = parameters.count("original_max_position_embeddings", original) or max_positions
+    if original < 2:
+        raise parameters.refuse("original_max_position_embeddings should be at least 2")
+    with np.errstate(all="ignore"):
+        rope = readers[kind](parameters, powers, base, original, max_positions, max_seq)
     parameters.finish()
+    if not (np.isfinite(rope.inv_freq).all() and (rope.inv_freq > 0).all() and 0 < rope.scaling < 1e6):
+        raise parameters.refuse("its numbers give frequencies that are not positive and finite: check them")
     return rope
 
 
@@ -72,6 +83,8 @@ def _llama3(parameters, powers, base, original, max_positions, max_seq) -> Rope:
     """Llama 3.1's: long waves divided by the factor, short ones kept, a ramp between (https://arxiv.org/abs/2407.21783)."""
     factor = parameters.number("factor")
     low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
+    if high <= low:
+        raise parameters.refuse(f"high_freq_factor = {high} should be more than low_freq_factor = {low}")
     inv_freq = 1 / powers.astype(np.float64)
     turns = original * inv_freq / (2 * math.pi)  # turns that a dimension makes within the original context
     kept = np.clip((turns - low) / (high - low), 0, 1)

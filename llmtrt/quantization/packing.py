@@ -11,12 +11,6 @@ def pack_int4(q: np.ndarray) -> np.ndarray:
     return flat[0::2] | (flat[1::2] << 4)
 
 
-def unpack_int4(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The inverse of ``pack_int4``: int8 of ``shape``."""
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1)[: int(np.prod(shape))]
-    return (((nibbles ^ 8).astype(np.int8)) - 8).reshape(shape)
-
-
 def pack_table(q: np.ndarray, bits: int) -> np.ndarray:
     """int8 [V, H] → int32 [V, H · bits / 32]: the bits of Σ (vⱼ + half) · 2^(bits · j), where half = 2^(bits − 1)."""
     per_word = 32 // bits

@@ -1,5 +1,6 @@
 """From a checkpoint to a package."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +49,10 @@ def quantize(
 
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
-    if Path(output).exists():
-        raise UserError(f"{output} exists already: name another output folder with -o or remove this one")
+    files.require_absent(Path(output))
     source = open_checkpoint(checkpoint)
     decoder = decoder_of(source.config, str(source.path), max_seq, ignore_fields)
-    spec = _spec(source, decoder, recipe)
+    spec, generation = _spec(source, decoder, recipe), _generation(source)
     total = len(source.tensors())
     with files.staged_folder(Path(output)) as folder:
         with WeightFile(folder, packages.WEIGHTS) as file:
@@ -62,17 +62,26 @@ def quantize(
         # Saved without onnx_ir's external-data option: the tensors lie where the model says already.
         ir.save(model, folder / packages.GRAPH)
         source.write_tokenizer(folder)
-        generation = {
-            key: source.generation_config[key] for key in _SAMPLING if source.generation_config.get(key) is not None
-        }
         origin = {"architecture": source.config["architectures"][0], "sha256": source.digest()}
         packages.write_manifest(folder, spec, generation, origin, recipe.to_json(), weights.report.to_json())
     report(total, total)
     return Quantized(packages.open_package(output, verify=False), weights.report.to_json())
 
 
+def _generation(source: Checkpoint) -> dict:
+    """The sampling defaults of generation_config.json; UserError for a value that is no finite number."""
+    given = {key: source.generation_config[key] for key in _SAMPLING if source.generation_config.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(
+                f"{source.path}: {key} of the generation config should be a number, but is {str(value)[:40]}"
+            )
+    return given
+
+
 def _spec(source: Checkpoint, decoder: Decoder, recipe: Recipe) -> packages.ModelSpec:
-    ends = source.generation_config.get("eos_token_id", source.config.get("eos_token_id"))
+    ends = source.generation_config.get("eos_token_id")
+    ends = source.config.get("eos_token_id") if ends is None else ends
     begin = source.config.get("bos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     for token in [*ends, *([] if begin is None else [begin])]:

@@ -1,7 +1,6 @@
 """A recipe: a short YAML file that says how a package is made. It is data; no recipe carries code."""
 
 from dataclasses import asdict, dataclass, fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llmtrt.errors import UserError
@@ -11,12 +10,24 @@ _LIMIT = 1 << 20
 _FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")  # installed, or a source tree
 
 
+_ALLOWED = {
+    "algorithm": ("rtn", "none"),
+    "group_size": (16, 32, 64, 128, 256, 512),
+    "dtype": ("float16", "bfloat16", "float32"),
+    "embedding": ("keep", "int8", "int4"),
+    "lm_head": ("keep", "int8", "int4"),
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """``algorithm``: ``rtn`` (INT4 blocks, round to nearest) or ``none``. ``group_size``: weights along K that share a
     scale, halved where it does not divide K. ``dtype``: of activations, scales, KV cache and all that is not quantized.
     ``embedding``, ``lm_head``: ``keep`` (in dtype), ``int8`` or ``int4``. ``exclude``: patterns (as in a shell) of
-    modules that are not quantized."""
+    modules that are not quantized.
+
+    Raises UserError for a value that is none of those.
+    """
 
     algorithm: str = "rtn"
     group_size: int = 128
@@ -25,22 +36,20 @@ class Recipe:
     lm_head: str = "keep"
     exclude: tuple[str, ...] = ()
 
-    def excludes(self, tensor: str) -> str | None:
-        """The pattern that names the module of this tensor, or None."""
-        module = tensor.removesuffix(".weight")
-        return next((pattern for pattern in self.exclude if fnmatchcase(module, pattern)), None)
+    def __post_init__(self) -> None:
+        for key, allowed in _ALLOWED.items():
+            value = getattr(self, key)
+            # By type first: what comes from a file may be anything, and a nested value may print as gigabytes.
+            if type(value) is not type(allowed[0]) or value not in allowed:
+                found = repr(value)[:40] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+                raise UserError(f"{key} is {found}, expected one of {', '.join(map(str, allowed))}")
+        exclude = self.exclude
+        if not isinstance(exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in exclude):
+            raise UserError("exclude should be a list of patterns of module names")
+        object.__setattr__(self, "exclude", tuple(exclude))
 
     def to_json(self) -> dict:
         return asdict(self)
-
-
-_ALLOWED = {
-    "algorithm": ("rtn", "none"),
-    "group_size": (16, 32, 64, 128, 256, 512),
-    "dtype": ("float16", "bfloat16", "float32"),
-    "embedding": ("keep", "int8", "int4"),
-    "lm_head": ("keep", "int8", "int4"),
-}
 
 
 def names() -> list[str]:
@@ -66,23 +75,21 @@ def read_recipe(name_or_file: str | Path) -> Recipe:
         raise UserError(f"{path} is larger than a recipe may be")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid YAML ({' '.join(str(error).split())[:200]})") from None
     return recipe_from(values, path)
 
 
 def recipe_from(values: object, where: Path | str) -> Recipe:
-    """Checks every key and value; UserError names the first that is wrong."""
+    """The Recipe of a mapping; UserError names ``where`` it is from and the first key or value that is wrong."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: a recipe should be a mapping of keys to values")
     known = {field.name for field in fields(Recipe)}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}: a recipe has {', '.join(sorted(known))}")
-        if key == "exclude":
-            if not isinstance(value, list | tuple) or not all(isinstance(pattern, str) for pattern in value):
-                raise UserError(f"{where}: exclude should be a list of patterns of module names")
-        elif value not in _ALLOWED[key] or isinstance(value, bool):
-            said = ", ".join(map(str, _ALLOWED[key]))
-            raise UserError(f"{where}: {key} is {value!r}, expected one of {said}")
-    return Recipe(**values | {"exclude": tuple(values.get("exclude", ()))})
+    for key in values:
+        if not isinstance(key, str) or key not in known:
+            said = repr(key)[:40] if isinstance(key, str) else f"a {type(key).__name__}"
+            raise UserError(f"{where}: unknown key {said}: a recipe has {', '.join(sorted(known))}")
+    try:
+        return Recipe(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
@@ -16,11 +17,11 @@ from llmtrt.quantization.rtn import choose_block, round_to_nearest
 from llmtrt.quantization.weight_file import NUMPY, WeightFile
 
 _ELEMENTS = 1 << 23  # of one chunk of rows: 32 MB in fp32
-_BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # not parameters: older checkpoints carry them
+_BUFFER = "rotary_emb.inv_freq"  # no parameter: older checkpoints carry it
 
 
 @dataclass
-class Report:
+class QuantizationReport:
     """What became of each matrix: ``tensors`` name → {form, block, error}; ``kept`` name → why it was not quantized."""
 
     tensors: dict[str, dict] = field(default_factory=dict)
@@ -58,9 +59,14 @@ class CheckpointWeights:
         self._dtype = NUMPY[recipe.dtype]
         self._tables: dict[str, Plain | PackedTable] = {}
         self._read: set[str] = set()
-        self.head_is_table = tied and recipe.lm_head == recipe.embedding == "keep"
+        self._matched: set[str] = set()  # of the recipe's patterns
+        self._vocabulary = {
+            name: "keep" if self._excluded(name) else form
+            for name, form in ((f"{EMBEDDING}.weight", recipe.embedding), ("lm_head.weight", recipe.lm_head))
+        }
+        self.head_is_table = tied and set(self._vocabulary.values()) == {"keep"}
         self._tied, self._on_tensor = tied, on_tensor
-        self.report = Report()
+        self.report = QuantizationReport()
 
     def linear(self, name: str, k: int, n: int) -> Plain | Int4 | Int8:
         source = f"{EMBEDDING}.weight" if name == "lm_head.weight" and self._tied else name
@@ -77,7 +83,7 @@ class CheckpointWeights:
     def table(self, name: str, rows: int, columns: int) -> Plain | PackedTable:
         if name not in self._tables:
             self._expect(name, (rows, columns))
-            bits = {"keep": 0, "int8": 8, "int4": 4}[self._recipe.embedding]
+            bits = {"keep": 0, "int8": 8, "int4": 4}[self._vocabulary[name]]
             block = {
                 0: None,
                 8: columns if columns % 4 == 0 else None,
@@ -100,14 +106,17 @@ class CheckpointWeights:
     def finish(self) -> None:
         """Raises UserError if the checkpoint has tensors that the graph has no place for.
 
-        A bias of zeros changes nothing: some GPTQ tools write one for every projection.
+        A bias of zeros changes nothing: some GPTQ tools write one for every projection. A pattern of the recipe that
+        matches no matrix is refused too.
         """
+        if idle := [pattern for pattern in self._recipe.exclude if pattern not in self._matched]:
+            raise UserError(f"the recipe excludes {idle[0]!r}, but no matrix of this model has such a name: correct it")
         spare = {"lm_head.weight"} if self._tied else set()
         left = [
             name
             for name in self._infos
             if name not in self._read | spare
-            and not name.endswith(_BUFFERS)
+            and not name.endswith(_BUFFER)
             and not (name.endswith(".bias") and not self._checkpoint.read(name).any())
         ]
         if left:
@@ -119,14 +128,20 @@ class CheckpointWeights:
     def _form(self, name: str, k: int, stored: str) -> tuple[str, str | None]:
         """The form a matrix takes and, if it stays as it is against the recipe's rule, why."""
         recipe = self._recipe
-        if pattern := recipe.excludes(name):
+        if pattern := self._excluded(name):
             return "keep", f"excluded by the recipe's pattern {pattern!r}"
         if stored == "int4":
             return "int4", None
-        form = recipe.lm_head if name == "lm_head.weight" else "int4" if recipe.algorithm == "rtn" else "keep"
+        form = self._vocabulary.get(name) or ("int4" if recipe.algorithm == "rtn" else "keep")
         if form == "int4" and choose_block(k, recipe.group_size) is None:
             return "keep", f"K = {k} is not a multiple of 16, the smallest block that both runtimes take"
         return form, None
+
+    def _excluded(self, name: str) -> str | None:
+        """The recipe's pattern for this matrix, or None. The first that matches counts, for all that match."""
+        patterns = [pattern for pattern in self._recipe.exclude if fnmatchcase(name.removesuffix(".weight"), pattern)]
+        self._matched.update(patterns)
+        return patterns[0] if patterns else None
 
     def _int4(self, name: str, source: str, k: int, n: int, block: int) -> Int4:
         q, scale = np.empty((k, n), np.int8), np.empty((k // block, n), self._dtype)
@@ -138,18 +153,27 @@ class CheckpointWeights:
             error += float(np.square(back.reshape(values.shape) - values).sum(dtype=np.float64))
             total += float(np.square(values).sum(dtype=np.float64))
             q[:, rows], scale[:, rows] = small.T, scales.T
-        return self._blocks(name, q, scale, block, None, _significant((error / total) ** 0.5 if total else 0.0))
+        relative = _significant((error / total) ** 0.5 if total else 0.0)
+        return self._blocks(name, q, scale, block, None, {"error": relative})
 
     def _stored_blocks(self, name: str, source: str) -> Int4:
         stored = self._checkpoint.read_blocks(source)
         scale = self._fit(name, stored.scale)
-        return self._blocks(name, stored.q, scale, stored.group_size, stored.order, None)
+        if (scale[stored.scale != 0] == 0).any():
+            raise UserError(
+                f"{self._checkpoint.path}: {name} has scales below {self._recipe.dtype}: choose a recipe with float32"
+            )
+        how = "stored in the checkpoint"
+        if (scale.astype(np.float32) != stored.scale.astype(np.float32)).any():
+            how += f", its scales rounded to {self._recipe.dtype}"
+        return self._blocks(name, stored.q, scale, stored.group_size, stored.order, {"as": how})
 
-    def _blocks(self, name, q, scale, block, order, error) -> Int4:
+    def _blocks(
+        self, name: str, q: np.ndarray, scale: np.ndarray, block: int, order: np.ndarray | None, how: dict
+    ) -> Int4:
         self._require_finite(name, scale)
         packed = self._file.append(name, pack_int4(q), ir.DataType.INT4, q.shape)
         scales = self._file.append(f"{name}_scale", scale)
-        how = {"error": error} if error is not None else {"as": "stored in the checkpoint"}
         self.report.add(name, "int4", q.shape, packed.nbytes + scales.nbytes, block=block, **how)
         return Int4(packed, scales, block, order)
 

@@ -35,13 +35,15 @@ class Cuda:
         free, _ = self._call("cudaMemGetInfo")
         return free
 
-    def allocate(self, size: int, zero: bool = False) -> int:
-        """The address of ``size`` bytes of device memory (at least 256-byte aligned)."""
+    def allocate(self, size: int) -> int:
+        """The address of ``size`` bytes of device memory (at least 256-byte aligned), whatever they hold."""
         address = int(self._call("cudaMalloc", max(size, 1)))
         self._device[address] = size
-        if zero:
-            self._call("cudaMemsetAsync", address, 0, size, self._stream)
         return address
+
+    def zero(self, address: int, width: int, pitch: int, rows: int) -> None:
+        """Zeroes ``width`` bytes of each of ``rows`` rows that lie ``pitch`` bytes apart, in the stream's order."""
+        self._call("cudaMemset2DAsync", address, pitch, 0, width, rows, self._stream)
 
     def free(self, address: int) -> None:
         """Frees what ``allocate`` gave, once the stream's work is done; 0 is ignored."""
@@ -77,12 +79,17 @@ class Cuda:
         """Waits until the stream's work is done; raises what went wrong in it."""
         self._call("cudaStreamSynchronize", self._stream)
 
+    def finish(self) -> None:
+        """Waits until nothing uses the memory any more; unlike ``synchronize`` it raises nothing."""
+        if self._stream is not None:
+            self._rt.cudaStreamSynchronize(self._stream)
+
     def close(self) -> None:
         """Frees everything, after an error too; calling it twice is fine."""
         if self._stream is None:
             return
+        self.finish()
         rt, stream, self._stream = self._rt, self._stream, None
-        rt.cudaStreamSynchronize(stream)
         for address in self._device:
             rt.cudaFree(address)
         for address in self._host:

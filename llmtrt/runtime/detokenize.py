@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 8
+_SHIFTS = range(4)  # tokens: a character of n bytes is at most n tokens
 _MOST_PENDING = 16  # tokens: a character has 4 bytes at most, so what still fails to decode here is no UTF-8
 
 
@@ -21,14 +22,23 @@ class Detokenizer:
     ):
         self._decode = decode
         self._special = special_ids
-        self._settle([token for token in context[-_CONTEXT_TOKENS:] if token not in special_ids])
-        self._before = self._before.rstrip(_REPLACEMENT)
+        longest = _CONTEXT_TOKENS + 2 * _SHIFTS[-1]
+        tail = [token for token in context[-longest:] if token not in special_ids]
+        # A cut through a character costs U+FFFD, with byte fallback for the whole characters beside it too.
+        windows = [
+            (tail[max(0, len(tail) - half - _CONTEXT_TOKENS - shift) : len(tail) - half], tail[len(tail) - half :])
+            for half in _SHIFTS
+            for shift in _SHIFTS
+            if half <= len(tail)
+        ]
+        self._settle(*min(windows, key=lambda window: self._text_of(window[0]).count(_REPLACEMENT)))
+        self._shown = self._text()  # the prompt's own
 
-    def _settle(self, context: list[int]) -> None:
+    def _settle(self, context: list[int], pending: Sequence[int] = ()) -> None:
         self._context = context
-        self._before = self._decode(context) if context else ""
-        self._pending: list[int] = []
-        self._printed = 0
+        self._before = self._text_of(context)
+        self._pending = [*pending]
+        self._shown = ""  # of the pending tokens' text
 
     def push(self, token: int) -> str:
         """The text that ``token`` completes; empty while a character is half there."""
@@ -36,28 +46,31 @@ class Detokenizer:
             return ""
         self._pending.append(token)
         text = self._text()
+        if not text.startswith(self._shown):
+            self._shown = ""  # the prompt ended in half a character, which is whole now
         held = _unfinished(text) if len(self._pending) < _MOST_PENDING else 0
-        piece = text[self._printed : len(text) - held]
+        piece = text[len(self._shown) : len(text) - held]
         if piece and not held:
             self._settle(self._pending[-_CONTEXT_TOKENS:])
         else:
-            self._printed += len(piece)
+            self._shown += piece
         return piece
 
     def flush(self) -> str:
         """What is still held back once no token follows: half a character, as U+FFFD."""
-        piece = self._text()[self._printed :]
+        piece = self._text().removeprefix(self._shown)
         self._settle([])
         return piece
 
     def _text(self) -> str:
         """The text of the pending tokens."""
-        if not self._pending:
-            return ""
-        text = self._decode(self._context + self._pending)
+        text = self._text_of(self._context + self._pending)
         if text.startswith(self._before):
             return text[len(self._before) :]
-        return self._decode(self._pending)  # byte fallback: half a character turns the whole ones before it to U+FFFD
+        return self._text_of(self._pending)  # byte fallback: half a character turns the whole ones before it to U+FFFD
+
+    def _text_of(self, tokens: list[int]) -> str:
+        return self._decode(tokens) if tokens else ""
 
 
 def _unfinished(text: str) -> int:

@@ -1,5 +1,6 @@
 """``LLM``: a package or an engine as something that answers."""
 
+import time
 from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from llmtrt.errors import UserError
 from llmtrt.runtime import loop
 from llmtrt.runtime.load import Loaded, load
-from llmtrt.runtime.params import SamplingParams
+from llmtrt.runtime.params import SamplingParams, check_integer
 from llmtrt.runtime.request import Completion, Piece, Request
 from llmtrt.runtime.tokenizer import TOKENIZER, Tokenizer
 
@@ -48,29 +49,35 @@ class LLM:
         accuracy_level: int = 4,
         verify: bool = True,
     ):
-        for name, value in (("max_batch", max_batch), ("max_seq", max_seq)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} should be at least 1, but is {value}")
+        _check_limits(max_batch, max_seq)
         options = {} if chunk is None else {"chunk": chunk}
         loaded = load(Path(path), runtime, verify, threads=threads, accuracy_level=accuracy_level, **options)
         self._set_up(loaded, max_batch, max_seq)
 
     @classmethod
     def from_loaded(cls, loaded: Loaded, max_batch: int = 8, max_seq: int | None = None) -> Self:
-        """An LLM over a session of the caller's own."""
+        """An LLM over a session of the caller's own, which ``close`` closes, and so does a failure to read the folder."""
+        _check_limits(max_batch, max_seq)
         llm = cls.__new__(cls)
         llm._set_up(loaded, max_batch, max_seq)
         return llm
 
     def _set_up(self, loaded: Loaded, max_batch: int, max_seq: int | None) -> None:
         self._session = loaded.session
+        self._turn, self._closed = 0, False
+        try:
+            self._read(loaded, max_batch, max_seq)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, loaded: Loaded, max_batch: int, max_seq: int | None) -> None:
         self.spec = self._session.spec
         self.runtime = self._session.description
         self.notice = loaded.notice
         self.max_batch = min(max_batch, loaded.max_batch or max_batch)
         limit = min(self.spec.max_seq, loaded.max_seq or self.spec.max_seq)
         if max_seq is not None and max_seq > limit:
-            self.close()
             raise UserError(
                 f"max_seq is {max_seq}, but {loaded.folder} has room for {limit} tokens: ask for that at most"
             )
@@ -80,7 +87,6 @@ class LLM:
         has_tokenizer = (loaded.folder / TOKENIZER).is_file()
         self.tokenizer = Tokenizer(loaded.folder, self.spec.bos_token_id) if has_tokenizer else None
         self._folder = loaded.folder
-        self._turn = 0
 
     def params(self, **overrides: object) -> SamplingParams:
         """``default_params`` with some of them replaced; None replaces nothing. See
@@ -97,8 +103,9 @@ class LLM:
         Raises UserError for an empty prompt, one that leaves no room in ``max_seq``, an id that the vocabulary does not
         have, and a cache that memory does not hold.
         """
+        called = time.perf_counter()
         prompts, many = _as_many(prompts)
-        completions = self._finish(self._start(prompts, params))
+        completions = self._finish(self._start(prompts, params, called))
         return completions if many else completions[0]
 
     def generate_stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[Piece]:
@@ -106,7 +113,8 @@ class LLM:
 
         A prompt's last piece carries its completion. Any later call on this LLM ends the stream.
         """
-        return self._start(_as_many(prompts)[0], params)
+        called = time.perf_counter()
+        return self._start(_as_many(prompts)[0], params, called)
 
     def chat(self, messages: Sequence[dict], params: SamplingParams | None = None, **variables: object) -> Completion:
         """The assistant's answer to ``messages`` (objects with ``role`` and ``content``) in the model's own chat
@@ -121,8 +129,9 @@ class LLM:
         self, messages: Sequence[dict], params: SamplingParams | None = None, **variables: object
     ) -> Iterator[Piece]:
         """As ``chat``, token by token; ``Piece.text`` is what can be printed by now."""
+        called = time.perf_counter()
         text = self._with_tokenizer().render_chat(messages, **variables)
-        return self._start([self.encode(text, special=False)], params, continues=False)
+        return self._start([self.encode(text, special=False)], params, called, continues=False)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` adds BOS where the model's tokenizer does, never a second one."""
@@ -134,6 +143,7 @@ class LLM:
 
     def logits_chunks(self, token_ids: Sequence[int]) -> Iterator[np.ndarray]:
         """As ``logits`` in consecutive parts, fp32 [n, V], of about 64 MiB; each is valid until the next."""
+        self._require_open()
         ids = self._checked(token_ids, self.max_seq)
         turn = self._next_turn()
         for part in loop.logits_of(self._session, ids, max(1, _LOGITS_BYTES // (4 * self.spec.vocab_size))):
@@ -141,7 +151,8 @@ class LLM:
             yield part
 
     def close(self) -> None:
-        """Frees the model's memory; calling it twice is fine."""
+        """Frees the model's memory and ends its streams; calling it twice is fine."""
+        self._closed = True
         self._session.close()
 
     def __enter__(self) -> Self:
@@ -150,10 +161,15 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, prompts: list[Prompt], params: Params, continues: bool = True) -> Iterator[Piece]:
+    def _start(self, prompts: list[Prompt], params: Params, called: float, continues: bool = True) -> Iterator[Piece]:
         """Checks everything now, so that a mistake is told by the call and not by the first piece."""
+        self._require_open()
         if params is None or isinstance(params, SamplingParams):
             params = [params] * len(prompts)
+        if not isinstance(params, (list, tuple)) or not all(
+            each is None or isinstance(each, SamplingParams) for each in params
+        ):
+            raise UserError("params should be SamplingParams, or a list of them with one for each prompt")
         if len(params) != len(prompts):
             raise UserError(
                 f"there are {len(prompts)} prompts but {len(params)} SamplingParams: give one, or one a prompt"
@@ -162,11 +178,12 @@ class LLM:
         for each in params:
             if each.stop and self.tokenizer is None:
                 raise UserError(f"stop strings need a tokenizer, and {self._folder} has none: use stop_token_ids")
+            self._require_ids("stop_token_ids: ", each.stop_token_ids)
         ids = [self._checked(prompt, self.max_seq - 1) for prompt in prompts]
-        return self._run(ids, params, continues, self._next_turn())
+        return self._run(ids, params, called, continues, self._next_turn())
 
     def _run(
-        self, prompts: list[np.ndarray], params: list[SamplingParams], continues: bool, turn: int
+        self, prompts: list[np.ndarray], params: list[SamplingParams], called: float, continues: bool, turn: int
     ) -> Iterator[Piece]:
         for start in range(0, len(prompts), self.max_batch):
             requests = [
@@ -177,6 +194,7 @@ class LLM:
                     self.spec,
                     self.max_seq,
                     self.tokenizer,
+                    called,
                     prompts[index].tolist() if continues else (),
                 )
                 for index in range(start, min(start + self.max_batch, len(prompts)))
@@ -196,9 +214,20 @@ class LLM:
 
     def _in_turn(self, turn: int) -> None:
         """There is one KV cache: a stream that was left for another call cannot go on."""
+        self._require_open()
         if turn != self._turn:
             raise UserError(
                 "this stream was ended by a later call on the same LLM: finish one before the next, or load two"
+            )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UserError("this LLM is closed: load it again")
+
+    def _require_ids(self, what: str, ids: Sequence[int]) -> None:
+        if outside := [token for token in ids if not 0 <= token < self.spec.vocab_size]:
+            raise UserError(
+                f"{what}token id {outside[0]} is out of range: the vocabulary has ids 0 to {self.spec.vocab_size - 1}"
             )
 
     def _with_tokenizer(self) -> Tokenizer:
@@ -213,16 +242,18 @@ class LLM:
             raise UserError("the prompt is empty: give at least one token")
         if not isinstance(prompt, str) and not all(isinstance(token, Integral) for token in ids):
             raise UserError("a prompt should be a text or a list of token ids")
-        if outside := [token for token in ids if not 0 <= token < self.spec.vocab_size]:
-            raise UserError(
-                f"token id {outside[0]} is out of range: the vocabulary has ids 0 to {self.spec.vocab_size - 1}"
-            )
+        self._require_ids("", ids)
         if len(ids) > most:
             raise UserError(
                 f"the prompt has {len(ids)} tokens and the context of {self.max_seq} has room for {most}: shorten it"
                 + (" or load the model with a larger max_seq" if self.max_seq < self.spec.max_seq else "")
             )
         return np.asarray(ids, np.int64)
+
+
+def _check_limits(max_batch: int, max_seq: int | None) -> None:
+    check_integer("max_batch", max_batch, 1)
+    check_integer("max_seq", max_seq, 1, optional=True)
 
 
 def _as_many(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

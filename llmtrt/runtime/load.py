@@ -41,11 +41,11 @@ def load(path: Path, runtime: str, verify: bool, **options: object) -> Loaded:
     return _load_engine(path, runtime, verify, options)
 
 
-def _load_package(path: Path, verify: bool, options: dict, notice: str | None = None) -> Loaded:
+def _load_package(path: Path, verify: bool, options: dict, **limits: object) -> Loaded:
     from llmtrt.runtime.onnxruntime import OrtSession
 
     package = packages.open_package(path, verify)
-    return Loaded(OrtSession(package, **options), package.path, package.generation, notice=notice)
+    return Loaded(OrtSession(package, **options), package.path, package.generation, **limits)
 
 
 def _load_engine(path: Path, runtime: str, verify: bool, options: dict) -> Loaded:
@@ -68,4 +68,8 @@ def _load_engine(path: Path, runtime: str, verify: bool, options: dict) -> Loade
             "package's folder instead"
         )
     notice = f"{problem}; its package {engine.package_path} runs on ONNX Runtime instead"
-    return _load_package(engine.package_path, verify, options, None if runtime == "onnxruntime" else notice)
+    # The engine's limits hold here too: what fits on this machine should fit on the one with the GPU.
+    limits = {"max_batch": engine.max_batch, "max_seq": engine.max_seq}
+    return _load_package(
+        engine.package_path, verify, options, **limits, notice=None if runtime == "onnxruntime" else notice
+    )

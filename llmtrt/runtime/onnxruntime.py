@@ -7,6 +7,7 @@ import numpy as np
 from llmtrt.errors import UserError
 from llmtrt.package import WEIGHTS, ModelSpec, Package
 from llmtrt.runtime.memory import require
+from llmtrt.runtime.params import check_integer
 
 MINIMUM_VERSION = (1, 24)  # the first that knows opset 24
 CHUNK = 256  # on SmolLM2 128 and 256 were the fastest of 16 to 512 rows
@@ -33,18 +34,16 @@ class OrtSession:
                 f"{package.path} is in bfloat16, which runs on TensorRT only: build an engine with `llmtrt build`, or "
                 "quantize the checkpoint again with float16 or float32"
             )
-        if accuracy_level not in (0, 1, 2, 3, 4):
-            raise UserError(f"accuracy_level should be between 0 and 4, but is {accuracy_level!r}")
-        if threads is not None and threads < 1:
-            raise UserError(f"threads should be at least 1, but is {threads!r}")
-        if chunk < 1:
-            raise UserError(f"chunk should be at least 1, but is {chunk!r}")
+        check_integer("accuracy_level", accuracy_level, 0, 4)
+        check_integer("threads", threads, 1, optional=True)
+        check_integer("chunk", chunk, 1)
         self.spec = spec
-        self.chunk = chunk
+        self.chunk = int(chunk)
+        self._path = package.path
         self._ort = ort
         require(_load_bytes(package), f"loading {package.path}", "free some, or quantize to fewer bits")
         options = ort.SessionOptions()
-        threads = threads or _cores()
+        threads = int(threads or _cores())
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False  # plans memory for shapes that come again; ours change every step
@@ -70,6 +69,8 @@ class OrtSession:
 
     def reserve(self, slots: int, max_seq: int) -> None:
         """See ``Session``. A fresh cache costs pages only where it is written, so every call makes one."""
+        if self._session is None:
+            raise UserError(f"{self._path} is closed: load it again")
         capacity = max_seq + self.chunk
         self._release()
         needed = slots * capacity * self.spec.kv_bytes_per_token() + slots * self.spec.vocab_size * 4

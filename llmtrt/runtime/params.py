@@ -52,10 +52,10 @@ class SamplingParams:
             if not isinstance(value, (list, tuple, set, frozenset)):
                 raise UserError(f"{name} should be a list, but is {value!r}")
             object.__setattr__(self, name, tuple(value))
-        _check_integer("max_tokens", self.max_tokens, 1, optional=True)
-        _check_integer("top_k", self.top_k, 0)
-        _check_integer("seed", self.seed, 0, (1 << 64) - 1, optional=True)
-        _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        check_integer("max_tokens", self.max_tokens, 1, optional=True)
+        check_integer("top_k", self.top_k, 0)
+        check_integer("seed", self.seed, 0, (1 << 64) - 1, optional=True)
+        check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_real("temperature", self.temperature, lambda value: value >= 0, "0 or more")
         _check_real("top_p", self.top_p, lambda value: 0 < value <= 1, "more than 0 and at most 1")
         _check_real("min_p", self.min_p, lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -64,7 +64,7 @@ class SamplingParams:
             if not isinstance(text, str) or not text:
                 raise UserError(f"stop should hold non-empty strings, but holds {text!r}")
         for token in self.stop_token_ids:
-            _check_integer("each of stop_token_ids", token, 0)
+            check_integer("each of stop_token_ids", token, 0)
         if not isinstance(self.ignore_eos, bool):
             raise UserError(f"ignore_eos should be true or false, but is {self.ignore_eos!r}")
 
@@ -108,7 +108,8 @@ class SamplingParams:
         return cls(**defaults, **overrides)
 
 
-def _check_integer(name: str, value: object, least: int, most: int | None = None, optional: bool = False) -> None:
+def check_integer(name: str, value: object, least: int, most: int | None = None, optional: bool = False) -> None:
+    """UserError unless ``value`` is an integer from ``least`` to ``most``; ``optional`` allows None."""
     if value is None and optional:
         return
     if (

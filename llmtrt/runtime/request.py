@@ -20,7 +20,8 @@ class Completion:
     ``text``: the decoded tokens up to the stop token or stop string, which are not in it; empty for a model without a
     tokenizer. ``token_ids`` has every generated token, the stop token too. ``finish_reason``, in OpenAI's words:
     ``stop`` (an EOS id, a stop id or a stop string), or ``length`` (max_tokens reached, or the context full).
-    ``logprobs`` has one entry a token where asked for. ``ttft``: seconds from the call to the first token.
+    ``logprobs`` has one entry a token where asked for. ``ttft``: seconds from the call to the first token, the
+    wait for its turn included where there are more prompts than ``max_batch``.
     ``tokens_per_second``: the rate of the tokens after the first; None where there is but one.
     """
 
@@ -55,7 +56,8 @@ class Request:
     """``prompt``: int64 [P], checked by the caller; ``max_seq``: the most tokens that prompt and answer may have
     together.
 
-    ``context``: the prompt's ids where the text continues it, nothing where it starts anew.
+    ``called``: ``time.perf_counter()`` at the call. ``context``: the prompt's ids where the text continues it, nothing
+    where it starts anew.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Request:
         spec: ModelSpec,
         max_seq: int,
         tokenizer: Tokenizer | None,
+        called: float,
         context: Sequence[int] = (),
     ):
         self.index = index
@@ -83,8 +86,7 @@ class Request:
             self._stream = TextStream(Detokenizer(tokenizer.decode, tokenizer.special_ids, context), params.stop)
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
-        self._start = time.perf_counter()
-        self._first = self._start
+        self._called = self._first = called
 
     @property
     def length(self) -> int:
@@ -122,6 +124,6 @@ class Request:
             prompt_tokens=len(self.prompt),
             finish_reason=reason,
             logprobs=self._logprobs,
-            ttft=self._first - self._start,
+            ttft=self._first - self._called,
             tokens_per_second=later / seconds if later and seconds else None,
         )

@@ -38,11 +38,16 @@ class TrtSession:
     that was built to stream them; by default as many as fit.
 
     Raises UserError if there is no GPU or driver, if the engine's flavor is not installed or has another version, if
-    the plan does not fit the GPU or is damaged, and if the weights and the cache of one sequence need more memory than
-    is free.
+    the plan has no weights in it, does not fit the GPU or is damaged, and if the weights and the cache of one sequence
+    need more memory than is free.
     """
 
     def __init__(self, engine: Engine, kernel_specialization: str | None = None, weight_budget: int | None = None):
+        if "STRIP_PLAN" in engine.manifest["flags"]:
+            raise UserError(
+                f"{engine.path} was built without its weights, and putting them back at load is not implemented yet: "
+                "build it without --strip"
+            )
         gpu = _find_gpu(engine)
         self._flavor = choose(engine.flavor, need="run")
         if self._flavor.version != engine.flavor_version:
@@ -58,7 +63,8 @@ class TrtSession:
         self._runtime = self._engine = None
         self._contexts: list[Any] = []
         self._prepared: list[tuple | None] = [None, None]
-        self._slots = 0
+        self._slots = 0  # that memory was taken for
+        self._reserved = (0, 0)  # slots and rows of each that may be used
         self._kv = self._activations = self._device_inputs = self._device_logits = 0
         self._activation_bytes = 0
         self._host_inputs = self._host_logits = None
@@ -78,6 +84,8 @@ class TrtSession:
 
     def reserve(self, slots: int, max_seq: int) -> None:
         """See ``Session``; the cache of each slot has the rows that the engine was built for."""
+        if self._engine is None:
+            raise UserError(f"{self._folder} is closed: load it again")
         if slots > self._max_batch:
             raise UserError(
                 f"{self._folder} runs {self._max_batch} sequences at a time, not {slots}: ask for fewer, or "
@@ -90,15 +98,20 @@ class TrtSession:
             )
         if slots > self._slots:
             self._free_slots()
+        self._reserved = (0, 0)
         self._require_memory(slots, max_seq)
         if slots > self._slots:
             self._allocate_slots(slots)
+        rows = min(self._capacity, max_seq + self.chunk)
+        self._zero_caches(slots, _context_bucket(rows, self._capacity))
+        self._reserved = slots, rows
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray) -> np.ndarray:
         """See ``Session``."""
         batch, rows = input_ids.shape
         wanted, last = logits_index.shape[1], int(positions.max())
-        if batch > self._slots or rows > self.chunk or last >= self._capacity:
+        slots, room = self._reserved
+        if batch > slots or rows > self.chunk or last >= room:
             # TensorRT would drop the rows beyond the cache without a word.
             raise ValueError(f"a step of {batch} × {rows} rows up to position {last} is more than what was reserved")
         profile = _DECODE if rows == wanted == 1 else _PREFILL
@@ -119,10 +132,13 @@ class TrtSession:
 
     def close(self) -> None:
         """See ``Session``."""
-        self._cuda.close()
+        # Contexts use the stream and the memory, and each object of TensorRT the one that made it.
+        self._cuda.finish()
         self._contexts = []
-        self._engine = self._runtime = None
-        self._slots = 0
+        self._engine = None
+        self._runtime = None
+        self._cuda.close()
+        self._slots, self._reserved = 0, (0, 0)
 
     def _load(self, engine: Engine, weight_budget: int | None) -> None:
         trt, streams = self._flavor.module, "WEIGHT_STREAMING" in engine.manifest["flags"]
@@ -134,7 +150,14 @@ class TrtSession:
                 f"cache of one sequence, but {_gb(free)} GB are free: build it with fewer bits, --weight-streaming or "
                 "a smaller --max-seq"
             )
-        self._runtime = trt.Runtime(self._logger)
+        try:
+            self._runtime = trt.Runtime(self._logger)
+        except TypeError as error:  # how the bindings report that there is none
+            reason = self._logger.reason() or str(error)
+            raise UserError(
+                f"TensorRT {self._flavor.name} {self._flavor.version} does not start ({reason}): `llmtrt doctor` shows "
+                "driver and CUDA versions"
+            ) from None
         if size:
             with engine.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -224,19 +247,33 @@ class TrtSession:
 
     def _allocate_slots(self, slots: int) -> None:
         cuda = self._cuda
-        # Zeros: a row that nobody wrote has weight 0 in attention, and 0 times whatever lies there may be NaN.
-        self._kv = address = cuda.allocate(sum(_aligned(slots * size) for *_, size in self._caches), zero=True)
-        places = {"kv_range": self._range}
+        self._kv = cuda.allocate(sum(_aligned(slots * size) for *_, size in self._caches))
+        places, offset = {"kv_range": self._range}, 0
         for past, present, _, size in self._caches:
-            places[past] = places[present] = address
-            address += _aligned(slots * size)
+            places[past] = places[present] = self._kv + offset
+            offset += _aligned(slots * size)
         self._device_inputs = cuda.allocate(len(_INPUTS) * slots * self.chunk * 8)
         self._host_inputs = cuda.pinned(len(_INPUTS) * slots * self.chunk, np.int64)
         places |= {name: self._device_inputs + index * slots * self.chunk * 8 for index, name in enumerate(_INPUTS)}
         for context in self._contexts:
             for name, place in places.items():
-                context.set_tensor_address(name, place)
+                self._set_address(context, name, place)
         self._slots = slots
+
+    def _zero_caches(self, slots: int, rows: int) -> None:
+        """Zeroes the first ``rows`` rows of ``slots`` slots: what nobody wrote has weight 0 in attention, and 0 times
+        what an earlier request left there may be NaN."""
+        offset = 0
+        for _, _, (heads, capacity, _), size in self._caches:
+            pitch = size // heads
+            self._cuda.zero(self._kv + offset, pitch // capacity * rows, pitch, slots * heads)
+            offset += _aligned(self._slots * size)
+
+    def _set_address(self, context: Any, name: str, address: int) -> None:
+        if not context.set_tensor_address(name, address):
+            raise RuntimeError(
+                f"TensorRT refuses the memory for {name}: {self._logger.reason() or 'it gave no reason'}"
+            )
 
     def _free_slots(self) -> None:
         self._slots = 0
@@ -257,7 +294,7 @@ class TrtSession:
             self._grow_logits(count)
         self._grow_activations(self._set_shapes(profile, shapes))
         context = self._contexts[profile]
-        context.set_tensor_address("logits", self._device_logits)
+        self._set_address(context, "logits", self._device_logits)
         context.set_device_memory(self._activations, self._activation_bytes)
         self._prepared[profile] = shapes
 

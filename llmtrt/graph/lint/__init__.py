@@ -5,5 +5,6 @@ It reads structure alone: it loads no big weights, needs no TensorRT and runs no
 
 from llmtrt.graph.lint.finding import Finding, Rule
 from llmtrt.graph.lint.lint import RULES, lint, lint_model
+from llmtrt.graph.lint.subject import external_tensors
 
-__all__ = ["RULES", "Finding", "Rule", "lint", "lint_model"]
+__all__ = ["RULES", "Finding", "Rule", "external_tensors", "lint", "lint_model"]

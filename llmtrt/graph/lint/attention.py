@@ -70,9 +70,8 @@ KERNEL = Rule(
     "attention-no-dedicated-kernel",
     "warning",
     "Attention is in fp16 or bf16 with 4 query heads or more and a head dimension of 16, 24, … 256",
-    "TensorRT has no dedicated kernel for a decode step and refuses to build it; `llmtrt build` lowers a package's to "
-    "MatMul and Softmax, which is slower",
-    "nothing to do for `llmtrt build`; fp32 becomes faster by quantizing to fp16",
+    "TensorRT has no dedicated kernel for a decode step and refuses to build it",
+    "`llmtrt build` lowers it to MatMul and Softmax by itself, which is slower; if it is in fp32, quantize to fp16",
 )
 KV_LENGTHS = Rule(
     "trt-attention-kv-lengths",

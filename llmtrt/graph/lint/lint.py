@@ -1,5 +1,7 @@
 """Runs every group of rules over one model."""
 
+import logging
+from itertools import islice
 from pathlib import Path
 
 import onnx
@@ -9,11 +11,15 @@ from google.protobuf.message import DecodeError
 from llmtrt.errors import UserError
 from llmtrt.graph.lint import attention, cache, contract, model_file, operators, quantization
 from llmtrt.graph.lint.finding import Finding, Rule
-from llmtrt.graph.lint.subject import Subject
+from llmtrt.graph.lint.subject import Subject, external_tensors, gaps
 from llmtrt.package import GRAPH
 
 _GROUPS = (model_file, contract, attention, cache, quantization, operators)
 _LARGEST_PROTOBUF = (1 << 31) - 1
+_MOST_GAPS = 5  # more of them follow from the first
+
+# What onnx_ir would print of a broken model, tracebacks too, is a finding here; whoever sets up logging still gets it.
+logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
 
 RULES: dict[str, Rule] = {rule.id: rule for group in _GROUPS for rule in group.RULES}
 
@@ -37,11 +43,13 @@ def lint_model(
     base_dir = None if base_dir is None else Path(base_dir)
     if isinstance(model, onnx.ModelProto):
         return _findings(_from_proto(model, "the model", base_dir), base_dir, lowered)
-    return _findings(model.clone(), base_dir, lowered)
+    return _findings(model, base_dir, lowered, is_ours=False)
 
 
-def _findings(model: ir.Model, base_dir: Path | None, lowered: bool) -> list[Finding]:
-    subject = Subject(model, base_dir, lowered)
+def _findings(model: ir.Model, base_dir: Path | None, lowered: bool, is_ours: bool = True) -> list[Finding]:
+    """``is_ours`` says that ``model`` may be changed."""
+    found = list(islice(gaps(model), _MOST_GAPS))
+    subject = Subject(model if is_ours or found else model.clone(), base_dir, lowered, found)
     findings: list[Finding] = []
     for group in _GROUPS:
         try:
@@ -78,6 +86,6 @@ def _from_proto(proto: onnx.ModelProto, where: str, base_dir: Path | None) -> ir
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{where} is not a well-formed ONNX model ({reason}): export it anew") from None
     if base_dir is not None:
-        for graph in model.graphs():
-            ir.external_data.set_base_dir(graph, base_dir)
+        for _, tensor in external_tensors(model):
+            tensor.base_dir = base_dir
     return model

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from llmtrt.graph.builder import OPSET
 from llmtrt.graph.lint.contract import is_decoder
 from llmtrt.graph.lint.finding import Finding, Rule
-from llmtrt.graph.lint.subject import STANDARD, Subject
+from llmtrt.graph.lint.subject import STANDARD, Subject, external_tensors
 
 CHECKER = Rule(
     "onnx-checker",
@@ -48,8 +48,8 @@ RULES = (CHECKER, OPSET_VERSION, DATA_PATH, DATA_MISSING, DATA_SIZE)
 
 
 def check(subject: Subject) -> Iterator[Finding]:
-    for problem in subject.problems:
-        yield CHECKER.at("", problem)
+    for where, problem in subject.problems:
+        yield CHECKER.at(where, problem)
     version = next((v for domain, v in subject.model.opset_imports.items() if domain in STANDARD), None)
     if version != OPSET:
         yield OPSET_VERSION.at("", f"opset {version}", None if is_decoder(subject) else "warning")
@@ -58,12 +58,12 @@ def check(subject: Subject) -> Iterator[Finding]:
 
 def _check_external_data(subject: Subject) -> Iterator[Finding]:
     told: set[tuple[str, str]] = set()
-    for value, tensor in subject.constants():
-        if isinstance(tensor, ir.ExternalTensor) and (rule := _broken(subject, tensor)) is not None:
+    for name, tensor in external_tensors(subject.model):
+        if (rule := _broken(subject, tensor)) is not None:
             location = str(tensor.location)
             if (rule.id, location) not in told:
                 told.add((rule.id, location))
-                yield rule.at(value, f"external data {location!r}")
+                yield rule.at(name, f"external data {location!r}")
 
 
 def _broken(subject: Subject, tensor: ir.ExternalTensor) -> Rule | None:

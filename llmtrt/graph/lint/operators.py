@@ -51,7 +51,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     for node in subject.all_nodes:
         if node.op_type.startswith("TRT_"):
             yield TRT_OPERATOR.at(node)
-        elif node.domain not in STANDARD:
+        elif node.domain not in STANDARD and node.op_identifier() not in subject.model.functions:
             yield DOMAIN.at(node, f"{node.domain}.{node.op_type}")
     for node in subject.nodes("OneHot"):
         if not subject.is_fixed(tensor_input(node, 1)):

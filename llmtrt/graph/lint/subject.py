@@ -1,7 +1,7 @@
 """The graph under the linter: local functions inlined, types and shapes inferred, weights left where they are."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +15,22 @@ _READ_BYTES = 64 << 20  # the largest tensor whose values a rule looks at
 _MESSAGE = 400
 
 Dim = int | str | None
+Problem = tuple[ir.Node | str, str]
 
 
 class Subject:
     """``model`` gets every shape that ONNX can infer; ``problems`` are what onnx.checker says of it.
 
     ``base_dir`` is the folder of the external data, None where there is none; ``lowered`` says that the graph is what
-    TensorRT is to parse rather than a package's, whose KV capacity is still open.
+    TensorRT is to parse rather than a package's, whose KV capacity is still open. ``known`` are problems (a node, or an
+    empty string, and a text) that keep ONNX from inferring anything; without them, ``model`` itself is changed.
     """
 
-    def __init__(self, model: ir.Model, base_dir: Path | None, lowered: bool = False):
-        self.model, self.base_dir, self.lowered, self.problems = model, base_dir, lowered, []
-        self._guard(self._infer)
+    def __init__(self, model: ir.Model, base_dir: Path | None, lowered: bool = False, known: Sequence[Problem] = ()):
+        self.model, self.base_dir, self.lowered = model, base_dir, lowered
+        self.problems: list[Problem] = list(known)
+        if not known:
+            self._guard(self._infer)
         self.graphs = [self.model.graph, *self.model.graph.subgraphs()]
         self._by_operator: dict[str, list[ir.Node]] = defaultdict(list)
         self.all_nodes = list(self.model.graph.all_nodes())
@@ -97,7 +101,7 @@ class Subject:
         try:
             action()
         except Exception as error:  # noqa: BLE001 - ValidationError, InferenceError, EncodeError …
-            problem = " ".join(str(error).split())[:_MESSAGE] or type(error).__name__
+            problem = "", " ".join(str(error).split())[:_MESSAGE].rstrip(". ") or type(error).__name__
             if problem not in self.problems:
                 self.problems.append(problem)
 
@@ -141,6 +145,59 @@ class Subject:
 
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def gaps(model: ir.Model) -> Iterator[Problem]:
+    """Nodes that read, and graphs that return, what nothing before them wrote: onnx_ir loads such a model, but it can
+    neither clone nor check it."""
+    for graph in _main_graphs(model):
+        yield from _gaps(graph, frozenset())
+
+
+def _gaps(graph: ir.Graph, outer: Set[ir.Value]) -> Iterator[Problem]:
+    written = {*outer, *graph.inputs, *graph.initializers.values()}
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value not in written:
+                yield node, f"its input {value.name!r} is no input of the graph, no weight and no earlier node's output"
+        for attribute in node.attributes.values():
+            for inner in _subgraphs(attribute):
+                yield from _gaps(inner, written)
+        written.update(node.outputs)
+    for value in graph.outputs:
+        if value not in written:
+            yield "", f"no node writes the output {value.name!r}"
+
+
+def external_tensors(model: ir.Model) -> Iterator[tuple[str, ir.ExternalTensor]]:
+    """Every tensor whose data are in another file, with a name: weights and attributes of the graph, of subgraphs and of
+    local functions."""
+    for main in _main_graphs(model):
+        for graph in (main, *main.subgraphs()):
+            for name, value in graph.initializers.items():
+                if isinstance(value.const_value, ir.ExternalTensor):
+                    yield name, value.const_value
+        for node in main.all_nodes():
+            for attribute in node.attributes.values():
+                for tensor in _tensors(attribute):
+                    if isinstance(tensor, ir.ExternalTensor):
+                        yield node.outputs[0].name or node.name or node.op_type, tensor
+
+
+def _main_graphs(model: ir.Model) -> list[ir.Graph]:
+    return [model.graph, *(function.graph for function in model.functions.values())]
+
+
+def _subgraphs(attribute: ir.Attr) -> Sequence[ir.Graph]:
+    if attribute.is_ref() or attribute.type not in _GRAPHS:
+        return ()
+    return (attribute.value,) if attribute.type == ir.AttributeType.GRAPH else attribute.value
+
+
+def _tensors(attribute: ir.Attr) -> Sequence[ir.TensorProtocol]:
+    if attribute.is_ref() or attribute.type not in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
+        return ()
+    return (attribute.value,) if attribute.type == ir.AttributeType.TENSOR else attribute.value
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
