@@ -10,12 +10,11 @@ from pathlib import Path
 
 import llmtrt.files as files
 from llmtrt.errors import UserError
+from llmtrt.manifest import MANIFEST, Kind, read_manifest
 
-FORMAT = "llmtrt-package"
-FORMAT_VERSION = 1
+PACKAGE = Kind("llmtrt-package", 1, "a package", "llmtrt quantize CHECKPOINT -o PACKAGE")
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
-MANIFEST = "manifest.json"
 QUALITY = "quality.json"
 
 
@@ -90,40 +89,13 @@ class Package:
         return files.digest_file(self.path / MANIFEST)["sha256"]
 
 
-def is_package(path: Path) -> bool:
-    """Whether ``path`` is a folder whose manifest says that it is a package."""
-    return read_kind(path) == FORMAT
-
-
-def read_kind(path: Path) -> str | None:
-    """The ``format`` that the manifest in the folder ``path`` names, None where there is no readable manifest."""
-    try:
-        return files.read_json(Path(path) / MANIFEST).get("format")
-    except UserError:
-        return None
-
-
 def open_package(path: str | Path, verify: bool = True) -> Package:
     """Reads the manifest of the package in ``path`` and, with ``verify``, checks every file's SHA-256.
 
     Raises UserError naming the file that is missing, corrupt or of another format version.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder: expected a package made by `llmtrt quantize`")
-    where = path / MANIFEST
-    if not where.is_file():
-        raise UserError(f"{where} is missing: expected a package; `llmtrt quantize {path} -o PACKAGE` makes one")
-    manifest = files.read_json(where)
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{where} is not a package's manifest: expected format {FORMAT!r}, found {manifest.get('format')!r}"
-        )
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{where} has format version {manifest.get('format_version')!r}, this llmtrt reads {FORMAT_VERSION}: "
-            "make the package anew with `llmtrt quantize`"
-        )
+    manifest, where = read_manifest(path, PACKAGE), path / MANIFEST
     listed = manifest.get("files")
     if not isinstance(listed, dict) or not {GRAPH, WEIGHTS} <= listed.keys():
         raise UserError(f"{where}: 'files' should list {GRAPH} and {WEIGHTS}: make the package anew")
@@ -134,24 +106,3 @@ def open_package(path: str | Path, verify: bool = True) -> Package:
     if verify:
         files.verify_files(path, listed)
     return Package(path, spec, generation, manifest)
-
-
-def write_manifest(folder: Path, spec: ModelSpec, generation: dict, source: dict, recipe: dict, report: dict) -> None:
-    """Digests every file in ``folder`` and writes manifest.json, the last step of making a package."""
-    from llmtrt import __version__
-
-    listed = {path.name: files.digest_file(path) for path in sorted(folder.iterdir())}
-    files.write_json(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "producer": f"llmtrt {__version__}",
-            "model": spec.to_json(),
-            "generation": generation,
-            "source": source,
-            "recipe": recipe,
-            "quantization": report,
-            "files": listed,
-        },
-    )

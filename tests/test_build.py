@@ -24,7 +24,7 @@ from llmtrt.engine.build import build
 from llmtrt.engine.flavor import choose
 from llmtrt.engine.gpu import Gpus, find_gpus
 from llmtrt.engine.logger import make_logger
-from llmtrt.engine.manifest import is_engine, open_engine
+from llmtrt.engine.manifest import ENGINE, open_engine
 from llmtrt.engine.monitor import make_monitor
 from llmtrt.engine.parse import parse
 from llmtrt.errors import UserError
@@ -55,7 +55,7 @@ def engine(package, tmp_path_factory):
 def test_an_engine_knows_what_it_was_built_for(engine, package):
     built, calls = engine
     opened = open_engine(built.engine.path)
-    assert opened == built.engine and is_engine(opened.path)
+    assert opened == built.engine and ENGINE.is_at(opened.path)
     assert (opened.max_batch, opened.max_seq, opened.chunk, opened.capacity) == (2, 64, 16, 80)
     assert opened.spec == open_package(package).spec and opened.flavor == "rtx"
     assert opened.package_path == package.resolve()
@@ -406,7 +406,7 @@ def _limited(function, resource):
     "change, message",
     [
         (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 1"),
-        (lambda m: m.update(format="llmtrt-package"), "is a package, not an engine"),
+        (lambda m: m.update(format="llmtrt-package"), "expected format 'llmtrt-engine', found 'llmtrt-package'"),
         (lambda m: m.update(format="other"), "not an engine's manifest"),
         (lambda m: m.update(capacity=-1), "capacity should be a positive integer, but is -1"),
         (lambda m: m.update(capacity=70), r"capacity 70 is less than max_seq 64 \+ chunk 16"),

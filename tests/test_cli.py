@@ -385,7 +385,7 @@ def test_a_missing_library_is_told_with_the_command_that_installs_it(tmp_path):
 
 
 def test_a_checkpoint_where_a_package_is_wanted_gets_the_command_that_makes_one(checkpoint, capsys):
-    assert f"`llmtrt quantize {checkpoint} -o PACKAGE` makes one" in refused(
+    assert "which `llmtrt quantize CHECKPOINT -o PACKAGE` makes" in refused(
         capsys, "generate", checkpoint, "-p", "Once"
     )
 

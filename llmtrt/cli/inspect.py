@@ -14,17 +14,17 @@ def run(options: argparse.Namespace) -> None:
     import json
     from pathlib import Path
 
-    from llmtrt.engine.manifest import is_engine, open_engine
+    from llmtrt.engine.manifest import ENGINE, open_engine
     from llmtrt.errors import UserError
     from llmtrt.package import open_package
 
     path, verify = Path(options.model), not options.no_verify
-    opened = open_engine(path, verify) if is_engine(path) else open_package(path, verify)
+    opened = open_engine(path, verify) if ENGINE.is_at(path) else open_package(path, verify)
     if options.json:
         print(json.dumps(opened.manifest))
         return
     try:
-        rows = dict(_rows(opened.manifest)) | ({} if is_engine(path) else _quality_rows(path))
+        rows = dict(_rows(opened.manifest)) | ({} if ENGINE.is_at(path) else _quality_rows(path))
         lines = list(_layers(opened.manifest)) if options.layers else []
     except (KeyError, TypeError, AttributeError, ValueError):
         # The parts that only a person reads are not checked when it is opened.

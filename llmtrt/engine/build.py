@@ -14,12 +14,13 @@ from llmtrt import files
 from llmtrt.engine.flavor import Flavor, choose
 from llmtrt.engine.gpu import find_gpus
 from llmtrt.engine.logger import make_logger
-from llmtrt.engine.manifest import FORMAT, FORMAT_VERSION, PLAN, Engine, open_engine
+from llmtrt.engine.manifest import ENGINE, PLAN, Engine, open_engine
 from llmtrt.engine.monitor import make_monitor
 from llmtrt.engine.parse import parse
 from llmtrt.engine.profiles import Profile, add_profiles, make_profiles
 from llmtrt.errors import UserError
-from llmtrt.package import MANIFEST, Package, open_package
+from llmtrt.manifest import write_manifest
+from llmtrt.package import Package, open_package
 from llmtrt.progress import Report, silent
 
 if TYPE_CHECKING:
@@ -272,32 +273,23 @@ def _write_manifest(
     profiles: list[Profile],
     lowerings: list[str],
 ) -> None:
-    from llmtrt import __version__
-
     runtime = {"kernel_specialization": KERNEL_SPECIALIZATION} if flavor.can("kernel_specialization") else {}
-    listed = {path.name: files.digest_file(path) for path in sorted(folder.iterdir())}
-    files.write_json(
-        folder / MANIFEST,
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "producer": f"llmtrt {__version__}",
-            "flavor": {"name": flavor.name, "version": flavor.version},
-            "compute_capabilities": list(options.targets),
-            "flags": list(options.flags),
-            "lowerings": lowerings,
-            "runtime": runtime,
-            "profiles": [profile.to_json() for profile in profiles],
-            "max_batch": options.max_batch,
-            "max_seq": options.max_seq,
-            "chunk": options.chunk,
-            "capacity": options.capacity,
-            "model": package.spec.to_json(),
-            "generation": package.generation,
-            "package": {
-                "path": os.path.relpath(package.path.resolve(), output.resolve()),
-                "sha256": package.digest,
-            },
-            "files": listed,
+    fields = {
+        "flavor": {"name": flavor.name, "version": flavor.version},
+        "compute_capabilities": list(options.targets),
+        "flags": list(options.flags),
+        "lowerings": lowerings,
+        "runtime": runtime,
+        "profiles": [profile.to_json() for profile in profiles],
+        "max_batch": options.max_batch,
+        "max_seq": options.max_seq,
+        "chunk": options.chunk,
+        "capacity": options.capacity,
+        "model": package.spec.to_json(),
+        "generation": package.generation,
+        "package": {
+            "path": os.path.relpath(package.path.resolve(), output.resolve()),
+            "sha256": package.digest,
         },
-    )
+    }
+    write_manifest(folder, ENGINE, fields)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from llmtrt import files
 from llmtrt.errors import UserError
-from llmtrt.package import FORMAT as PACKAGE_FORMAT
-from llmtrt.package import MANIFEST, ModelSpec, read_kind
+from llmtrt.manifest import MANIFEST, Kind, read_manifest
+from llmtrt.package import ModelSpec
 
-FORMAT = "llmtrt-engine"
-FORMAT_VERSION = 1
+ENGINE = Kind("llmtrt-engine", 1, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN = "engine.plan"
 _SIZES = ("max_batch", "max_seq", "chunk", "capacity")
 
@@ -69,31 +68,13 @@ class Engine:
         return self.manifest["capacity"]
 
 
-def is_engine(path: Path) -> bool:
-    """Whether ``path`` is a folder whose manifest says that it is an engine."""
-    return read_kind(path) == FORMAT
-
-
 def open_engine(path: str | Path, verify: bool = True) -> Engine:
     """Reads the manifest of the engine in ``path`` and, with ``verify``, checks every file's SHA-256.
 
     Raises UserError naming the file that is missing, corrupt or of another format version.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder: expected an engine made by `llmtrt build`")
-    where = path / MANIFEST
-    manifest = files.read_json(where)
-    kind = manifest.get("format")
-    if kind == PACKAGE_FORMAT:
-        raise UserError(f"{path} is a package, not an engine: make one of it with `llmtrt build {path} -o ENGINE`")
-    if kind != FORMAT:
-        raise UserError(f"{where} is not an engine's manifest: expected format {FORMAT!r}, found {kind!r}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{where} has format version {manifest.get('format_version')!r}, this llmtrt reads {FORMAT_VERSION}: "
-            "make the engine anew with `llmtrt build`"
-        )
+    manifest, where = read_manifest(path, ENGINE), path / MANIFEST
     _check(manifest, where)
     spec = ModelSpec.from_json(manifest.get("model"), where)
     if verify:

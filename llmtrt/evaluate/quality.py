@@ -5,7 +5,7 @@ from pathlib import Path
 
 import llmtrt.files as files
 from llmtrt.errors import UserError
-from llmtrt.package import QUALITY, is_package
+from llmtrt.package import PACKAGE, QUALITY
 
 
 def save_quality(package: Path, text: Path, result: dict, **how: object) -> None:
@@ -25,7 +25,7 @@ def save_quality(package: Path, text: Path, result: dict, **how: object) -> None
 
 def require_package(path: Path) -> None:
     """UserError unless ``path`` is a package: what can be said before the hours of an evaluation."""
-    if not is_package(path):
+    if not PACKAGE.is_at(path):
         raise UserError(f"--save keeps results in a package, and {path} is none: leave it out")
 
 

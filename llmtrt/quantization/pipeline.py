@@ -10,6 +10,7 @@ from llmtrt import files
 from llmtrt.checkpoints import open_checkpoint
 from llmtrt.checkpoints.checkpoint import Checkpoint
 from llmtrt.errors import UserError
+from llmtrt.manifest import write_manifest
 from llmtrt.models import decoder_of
 from llmtrt.models.decoder import Decoder
 from llmtrt.progress import Report, silent
@@ -63,7 +64,17 @@ def quantize(
         ir.save(model, folder / packages.GRAPH)
         source.write_tokenizer(folder)
         origin = {"architecture": source.config["architectures"][0], "sha256": source.digest()}
-        packages.write_manifest(folder, spec, generation, origin, recipe.to_json(), weights.report.to_json())
+        write_manifest(
+            folder,
+            packages.PACKAGE,
+            {
+                "model": spec.to_json(),
+                "generation": generation,
+                "source": origin,
+                "recipe": recipe.to_json(),
+                "quantization": weights.report.to_json(),
+            },
+        )
     report(total, total)
     return Quantized(packages.open_package(output, verify=False), weights.report.to_json())
 

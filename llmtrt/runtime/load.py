@@ -32,9 +32,9 @@ def load(path: Path, runtime: str, verify: bool, **options: object) -> Loaded:
     """
     if runtime not in RUNTIMES:
         raise UserError(f"runtime should be one of {', '.join(RUNTIMES)}, but is {runtime!r}")
-    from llmtrt.engine.manifest import FORMAT as ENGINE_FORMAT
+    from llmtrt.engine.manifest import ENGINE
 
-    if packages.read_kind(path) != ENGINE_FORMAT:
+    if not ENGINE.is_at(path):
         if runtime == "tensorrt":
             raise UserError(f"{path} is not an engine: build one from the package with `llmtrt build {path} -o ENGINE`")
         return _load_package(path, verify, options)
