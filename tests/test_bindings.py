@@ -18,6 +18,7 @@ LISTINGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).
 
 # What each variable of a file is. Attributes of our own Engine are not TensorRT's, though it shares a variable's name.
 VARIABLES = {
+    "refit.py": {"refitter": "Refitter", "parser": "OnnxParserRefitter"},
     "build.py": {"builder": "Builder", "config": "IBuilderConfig", "network": "INetworkDefinition"},
     "parse.py": {"parser": "OnnxParser", "error": "ParserError"},
     "profiles.py": {"builder": "Builder", "config": "IBuilderConfig"},

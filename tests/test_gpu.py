@@ -170,26 +170,28 @@ def test_streamed_weights_give_the_same_tokens(made, sessions, tmp_path):
         streamed.close()
 
 
-def test_a_stripped_plan_is_small(made, tmp_path):
-    package, engine = made("smollm2-int4")
+@pytest.mark.parametrize("name", ["stories-int4", "smollm2-int4"])
+def test_a_stripped_plan_is_small_and_filled_from_its_package(made, tmp_path, name):
+    package, engine = made(name)
     if not choose().can("strip"):
         pytest.skip("this flavor has no STRIP_PLAN")
     stripped = build(package.path, tmp_path / "engine", max_batch=3, max_seq=512, chunk=64, strip=True).engine
     assert stripped.manifest["flags"] == ["REFIT_IDENTICAL", "STRIP_PLAN"]
-    # A tied table, which is gathered from as well as multiplied with, stays in the plan: all else is gone.
+    # A tied table, which is gathered from as well as multiplied with, stays in the plan: all other weights are gone.
     rows, columns = package.manifest["quantization"]["tensors"]["model.embed_tokens.weight"]["shape"]
-    assert stripped.plan.stat().st_size < 2 * rows * columns + (4 << 20)
-
-
-def test_nan_of_an_earlier_request_reaches_no_later_one(made, sessions):
-    on_gpu, _ = sessions("stories-fp16")
-    prompts = [tokens(made("stories-fp16")[0], 12)] * 2
-    before = greedy(on_gpu, prompts)
-    on_gpu.reserve(3, 100)
-    size = sum(-(-on_gpu._slots * each // 256) * 256 for *_, each in on_gpu._caches)
-    on_gpu._cuda.upload(on_gpu._kv, np.full(size, 0xFF, np.uint8))  # NaN in fp16
-    on_gpu._cuda.synchronize()
-    assert greedy(on_gpu, prompts) == before
+    others = (package.path / "model.onnx.data").stat().st_size - 2 * rows * columns
+    if others > 10 << 20:  # a tiny model's plan is compiled code in the main
+        assert stripped.plan.stat().st_size < engine.plan.stat().st_size - others
+    prompt, sessions = tokens(package, 150), [TrtSession(each) for each in (stripped, engine)]
+    try:
+        filled, whole = (np.concatenate([*logits_of(session, prompt, 64)]) for session in sessions)
+        print(f"{name}: {stripped.plan.stat().st_size / 1e6:.1f} MB, max difference {np.abs(filled - whole).max():.1e}")
+        assert np.array_equal(filled.argmax(1), whole.argmax(1))
+        assert np.abs(filled - whole).max() <= 1e-2 * np.ptp(whole)
+        assert greedy(sessions[0], [prompt[:12]]) == greedy(sessions[1], [prompt[:12]])
+    finally:
+        for session in sessions:
+            session.close()
 
 
 def test_closing_gives_all_memory_back(made):

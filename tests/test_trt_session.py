@@ -1,6 +1,7 @@
 """TrtSession on a fake GPU (see fake_gpu) against OrtSession: the same numbers through other memory."""
 
 import dataclasses
+import shutil
 import sys
 
 import fake_gpu
@@ -269,11 +270,69 @@ def test_weights_are_streamed_within_a_budget(engine, machine, asked, total, bud
     session.close()
 
 
-def test_a_plan_without_weights_is_refused(engine, machine):
-    machine()
-    stripped = dataclasses.replace(engine, manifest={**engine.manifest, "flags": ["REFIT_IDENTICAL", "STRIP_PLAN"]})
-    with pytest.raises(UserError, match="built without its weights.*build it without --strip"):
+@pytest.fixture
+def stripped(engine, tmp_path):
+    """The engine as if it had been built with --strip."""
+    folder = shutil.copytree(engine.path, tmp_path / "stripped")
+    shutil.copyfile(engine.package_path / "model.onnx", folder / "graph.onnx")
+    manifest = engine.manifest | {"flags": ["REFIT_IDENTICAL", "STRIP_PLAN"]}
+    return dataclasses.replace(engine, path=folder, manifest=manifest)
+
+
+def refitting(trt, left_out=(), works=True):
+    """Gives ``trt`` the two classes that refit; returns the list of their calls."""
+    calls = []
+
+    class Refitter:
+        def __init__(self, engine, logger):
+            assert engine.num_io_tensors
+
+        def get_missing_weights(self):
+            return list(left_out)
+
+        def refit_cuda_engine(self):
+            calls.append("refit_cuda_engine")
+            return works
+
+    class OnnxParserRefitter:
+        num_errors = 0
+
+        def __init__(self, refitter, logger):
+            assert isinstance(refitter, Refitter)
+
+        def refit_from_bytes(self, model, path):
+            calls.append((model, path))
+            return False  # as TensorRT says where it folded constants away
+
+    trt.Refitter, trt.OnnxParserRefitter = Refitter, OnnxParserRefitter
+    return calls
+
+
+def test_a_plan_without_weights_is_filled_from_its_package(stripped, machine, reference):
+    cuda, trt = machine()
+    calls = refitting(trt)
+    session = TrtSession(stripped)
+    graph = (stripped.path / "graph.onnx").read_bytes()
+    assert calls == [(graph, str(stripped.package_path / "model.onnx")), "refit_cuda_engine"]
+    prompts = [[5, 9, 2]]
+    for ours, wanted in zip(drive(session, prompts, 2), drive(reference, prompts, 2)):
+        assert np.array_equal(ours, wanted)
+    session.close()
+
+
+def test_a_plan_that_cannot_be_filled_says_why(stripped, machine):
+    cuda, trt = machine()
+    with pytest.raises(UserError, match="holds no weights, and the package .* put it back there"):
+        TrtSession(dataclasses.replace(stripped, package_path=None))
+    refitting(trt, left_out=["a.weight", "b.weight", "c.weight", "d.weight", "e.weight"])
+    with pytest.raises(
+        UserError, match="could not be filled from .*: a.weight, b.weight, c.weight and 2 more is missing"
+    ):
         TrtSession(stripped)
+    refitting(trt, works=False)
+    with pytest.raises(UserError, match="could not be filled from .*no reason given"):
+        TrtSession(stripped)
+    assert not cuda.live and not cuda.streams
 
 
 def test_a_runtime_that_does_not_start_says_why(engine, machine):

@@ -23,7 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a GPU to build for, such as 8.9, or current; may be repeated (default: the flavor's own choice)",
     )
     parser.add_argument("--weight-streaming", action="store_true", help="weights may stay in host memory")
-    parser.add_argument("--strip", action="store_true", help="leave the weights in the package (needs a GPU)")
+    parser.add_argument(
+        "--strip", action="store_true", help="leave the weights in the package, for a plan of a few MB (needs a GPU)"
+    )
     parser.add_argument("--refit", action="store_true", help="a plan that takes other weights later (needs a GPU)")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare the package's files with their SHA-256"

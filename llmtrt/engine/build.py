@@ -14,7 +14,7 @@ from llmtrt import files
 from llmtrt.engine.flavor import Flavor, choose
 from llmtrt.engine.gpu import find_gpus
 from llmtrt.engine.logger import make_logger
-from llmtrt.engine.manifest import ENGINE, PLAN, Engine, open_engine
+from llmtrt.engine.manifest import ENGINE, PLAN, REFIT_GRAPH, Engine, open_engine
 from llmtrt.engine.monitor import make_monitor
 from llmtrt.engine.parse import parse
 from llmtrt.engine.profiles import Profile, add_profiles, make_profiles
@@ -76,12 +76,14 @@ def build(
     narrows the GPUs that it runs on; without, a flavor that builds ahead of time makes one plan for all of 8.0 and
     later, and any other for the GPU at hand.
 
-    ``strip`` leaves the weights in the package and needs a GPU; nothing here refits them when an engine is loaded, so
-    a stripped one cannot be run yet.
+    ``strip`` leaves the weights in the package, from where they are refitted when the engine is loaded; it needs a GPU,
+    and the package has to stay where it is, seen from the engine.
 
     Raises UserError, with nothing written, for a flavor that is missing, a flavor or a flag that needs a GPU where there
     is none, a graph that TensorRT refuses (naming the nodes), a failed build (with TensorRT's reason) and a full disk.
     """
+    import onnx_ir as ir
+
     start, output = time.monotonic(), Path(output)
     trt = choose(flavor)
     if not trt.can("builds_without_gpu") and (problem := find_gpus().problem):
@@ -98,7 +100,10 @@ def build(
     )
     with files.staged_folder(output) as folder:
         model, lowerings = _lowered(package, trt, options)
-        profiles = _write_plan(trt, package, model, options, folder / PLAN, report)
+        graph = ir.to_proto(model).SerializeToString()  # its weights stay in the package's file
+        profiles = _write_plan(trt, package, graph, options, folder / PLAN, report)
+        if "STRIP_PLAN" in flags:
+            (folder / REFIT_GRAPH).write_bytes(graph)
         for name in _TOKENIZER:
             if name in package.manifest["files"]:
                 shutil.copyfile(package.path / name, folder / name)
@@ -204,10 +209,8 @@ def _load(package: Package) -> "ir.Model":
 
 
 def _write_plan(
-    flavor: Flavor, package: Package, model: "ir.Model", options: _Options, plan: Path, report: Report
+    flavor: Flavor, package: Package, graph: bytes, options: _Options, plan: Path, report: Report
 ) -> list[Profile]:
-    import onnx_ir as ir
-
     trt, logger = flavor.module, make_logger(flavor)
     try:
         builder = trt.Builder(logger)
@@ -216,7 +219,7 @@ def _write_plan(
             f"TensorRT {flavor.name} {flavor.version} does not start ({logger.reason() or error}): see `llmtrt doctor`"
         ) from None
     network = builder.create_network(_network_flags(trt))
-    parser = parse(flavor, network, ir.to_proto(model).SerializeToString(), package.graph, logger)  # owns the weights
+    parser = parse(flavor, network, graph, package.graph, logger)  # owns the weights
     config = builder.create_builder_config()
     _configure(flavor, config, options)
     inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}

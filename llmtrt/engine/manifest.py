@@ -13,6 +13,7 @@ from llmtrt.package import ModelSpec
 
 ENGINE = Kind("llmtrt-engine", 1, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN = "engine.plan"
+REFIT_GRAPH = "graph.onnx"  # of a stripped plan: what it was built from, without weights
 _SIZES = ("max_batch", "max_seq", "chunk", "capacity")
 
 

@@ -57,7 +57,9 @@ def _load_engine(path: Path, runtime: str, verify: bool, options: dict) -> Loade
         from llmtrt.runtime.tensorrt import TrtSession
 
         try:
-            return Loaded(TrtSession(engine), engine.path, engine.generation, engine.max_batch, engine.max_seq)
+            return Loaded(
+                TrtSession(engine, verify=verify), engine.path, engine.generation, engine.max_batch, engine.max_seq
+            )
         except UserError as error:
             if runtime == "tensorrt":
                 raise

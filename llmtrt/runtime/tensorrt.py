@@ -9,7 +9,9 @@ from llmtrt.engine.flavor import choose
 from llmtrt.engine.gpu import Gpu, find_gpus
 from llmtrt.engine.logger import make_logger
 from llmtrt.engine.manifest import Engine
+from llmtrt.engine.refit import refit
 from llmtrt.errors import UserError
+from llmtrt.package import WEIGHTS
 from llmtrt.runtime.cuda import Cuda
 
 _DECODE, _PREFILL = 0, 1  # profiles of the engine
@@ -35,19 +37,21 @@ class TrtSession:
 
     ``kernel_specialization`` (LAZY, EAGER, NONE; TensorRT-RTX alone has it): how kernels are chosen for shapes, by
     default as the engine's manifest records it. ``weight_budget``: bytes of weights to keep on the GPU, of an engine
-    that was built to stream them; by default as many as fit.
+    that was built to stream them; by default as many as fit. ``verify``: whether the package that a plan without
+    weights is filled from is compared with its SHA-256.
 
     Raises UserError if there is no GPU or driver, if the engine's flavor is not installed or has another version, if
-    the plan has no weights in it, does not fit the GPU or is damaged, and if the weights and the cache of one sequence
-    need more memory than is free.
+    the plan does not fit the GPU, is damaged, or has no weights and its package is not found, and if the weights and
+    the cache of one sequence need more memory than is free.
     """
 
-    def __init__(self, engine: Engine, kernel_specialization: str | None = None, weight_budget: int | None = None):
-        if "STRIP_PLAN" in engine.manifest["flags"]:
-            raise UserError(
-                f"{engine.path} was built without its weights, and putting them back at load is not implemented yet: "
-                "build it without --strip"
-            )
+    def __init__(
+        self,
+        engine: Engine,
+        kernel_specialization: str | None = None,
+        weight_budget: int | None = None,
+        verify: bool = True,
+    ):
         gpu = _find_gpu(engine)
         self._flavor = choose(engine.flavor, need="run")
         if self._flavor.version != engine.flavor_version:
@@ -69,7 +73,7 @@ class TrtSession:
         self._activation_bytes = 0
         self._host_inputs = self._host_logits = None
         try:
-            self._load(engine, weight_budget)
+            self._load(engine, weight_budget, verify)
             specialization = kernel_specialization or engine.manifest.get("runtime", {}).get("kernel_specialization")
             self._contexts = [self._make_context(profile, specialization) for profile in (_DECODE, _PREFILL)]
             self._caches = self._find_caches()
@@ -140,9 +144,9 @@ class TrtSession:
         self._cuda.close()
         self._slots, self._reserved = 0, (0, 0)
 
-    def _load(self, engine: Engine, weight_budget: int | None) -> None:
+    def _load(self, engine: Engine, weight_budget: int | None, verify: bool) -> None:
         trt, streams = self._flavor.module, "WEIGHT_STREAMING" in engine.manifest["flags"]
-        size, free = engine.plan.stat().st_size, self._cuda.free_bytes()
+        size, free = _weight_bytes(engine), self._cuda.free_bytes()
         cache = self._capacity * self.spec.kv_bytes_per_token()
         if not streams and size + cache > free:
             raise UserError(
@@ -158,7 +162,7 @@ class TrtSession:
                 f"TensorRT {self._flavor.name} {self._flavor.version} does not start ({reason}): `llmtrt doctor` shows "
                 "driver and CUDA versions"
             ) from None
-        if size:
+        if engine.plan.stat().st_size:
             with engine.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
                 self._engine = self._runtime.deserialize_cuda_engine(plan)
                 why = self._why_not(plan) if self._engine is None else ""
@@ -169,6 +173,8 @@ class TrtSession:
                 f"TensorRT {self._flavor.name} {self._flavor.version} does not load {engine.plan} ({why}): build "
                 "the engine anew with `llmtrt build` for this machine"
             )
+        if "STRIP_PLAN" in engine.manifest["flags"]:
+            refit(self._flavor, self._engine, engine, self._logger, verify)
         if streams:
             streamable, free = self._engine.streamable_weights_size, self._cuda.free_bytes()
             # The automatic budget has been seen to be negative, so it is not asked.
@@ -344,6 +350,14 @@ def _find_gpu(engine: Engine) -> Gpu:
             f"{gpu.compute_capability}: build it with --compute-capability {gpu.compute_capability}, or without"
         )
     return gpu
+
+
+def _weight_bytes(engine: Engine) -> int:
+    """About what the weights take on the GPU: the plan's size, and the package's weights for a plan without them."""
+    size = engine.plan.stat().st_size
+    if "STRIP_PLAN" in engine.manifest["flags"] and engine.package_path is not None:
+        size += (engine.package_path / WEIGHTS).stat().st_size
+    return size
 
 
 def _context_bucket(length: int, capacity: int) -> int:
