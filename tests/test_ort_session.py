@@ -232,7 +232,7 @@ def engine(fp32, tmp_path, monkeypatch):
     """An engine folder whose plan runs nowhere, beside a TensorRT session that says so."""
 
     class TrtSession:
-        def __init__(self, engine):
+        def __init__(self, engine, verify):
             raise UserError("there is no GPU")
 
     monkeypatch.setitem(sys.modules, "llmtrt.runtime.tensorrt", types.SimpleNamespace(TrtSession=TrtSession))
