@@ -19,12 +19,13 @@ def run(options: argparse.Namespace) -> None:
     from llmtrt.package import open_package
 
     path, verify = Path(options.model), not options.no_verify
-    opened = open_engine(path, verify) if ENGINE.is_at(path) else open_package(path, verify)
+    is_engine = ENGINE.is_at(path)
+    opened = open_engine(path, verify) if is_engine else open_package(path, verify)
     if options.json:
         print(json.dumps(opened.manifest))
         return
     try:
-        rows = dict(_rows(opened.manifest)) | ({} if ENGINE.is_at(path) else _quality_rows(path))
+        rows = dict(_rows(opened.manifest)) | ({} if is_engine else _quality_rows(path))
         lines = list(_layers(opened.manifest)) if options.layers else []
     except (KeyError, TypeError, AttributeError, ValueError):
         # The parts that only a person reads are not checked when it is opened.
