@@ -5,30 +5,40 @@ tests/bindings/*.json was made by tools/list_bindings.py from the wheels that th
 
 import ast
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from llmtrt.engine.flavor import Flavor, choose, describe
+from llmtrt.engine.flavor import CAPABILITIES, Flavor, choose, describe
 from llmtrt.engine.manifest import Engine
 
 SOURCE = Path(__file__).parents[1] / "llmtrt"
 LISTINGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "bindings").glob("*.json")}
 
-# What each variable of a file is. Attributes of our own Engine are not TensorRT's, though it shares a variable's name.
+# What a variable is in every file that uses a flavor, and what else in a folder or a file. Attributes of our own Engine
+# are not TensorRT's, though it shares a variable's name.
 VARIABLES = {
-    "refit.py": {"refitter": "Refitter", "parser": "OnnxParserRefitter"},
-    "build.py": {"builder": "Builder", "config": "IBuilderConfig", "network": "INetworkDefinition"},
-    "parse.py": {"parser": "OnnxParser", "error": "ParserError"},
-    "profiles.py": {"builder": "Builder", "config": "IBuilderConfig"},
-    "tensorrt.py": {
-        "config": "IRuntimeConfig",
-        "context": "IExecutionContext",
-        "engine": "ICudaEngine",
-        "self._engine": "ICudaEngine",
-        "self._runtime": "Runtime",
-    },
+    "builder": "Builder",
+    "config": "IBuilderConfig",
+    "context": "IExecutionContext",
+    "deserialized": "ICudaEngine",
+    "engine": "ICudaEngine",
+    "network": "INetworkDefinition",
+    "parser": "OnnxParser",
+    "refitter": "Refitter",
+    "runtime": "Runtime",
+    "self._context": "IExecutionContext",
+    "self._engine": "ICudaEngine",
+    "self._runtime": "Runtime",
+}
+EXCEPT = {
+    "engine/parse.py": {"error": "ParserError"},
+    "engine/refit.py": {"config": "ISerializationConfig", "parser": "OnnxParserRefitter"},
+    "runtime": {"config": "IRuntimeConfig"},
+    "runtime/kv_cache.py": {"engine": "ICudaEngine"},
+    "runtime/tensorrt.py": {"context": None, "decoder": "ICudaEngine"},  # its contexts are our Context
 }
 MODULES = ("trt", "flavor.module", "self._flavor.module")
 OURS = {name for name in dir(Engine)} | set(Engine.__dataclass_fields__)
@@ -42,21 +52,35 @@ GUARDED = {
     ("ICudaEngine", "create_runtime_config"): "runtime_config",
     ("IRuntimeConfig", "cuda_graph_strategy"): "cuda_graphs",
     ("CudaGraphStrategy", None): "cuda_graphs",
+    ("IRuntimeCache", None): "runtime_cache",
+    ("IRuntimeConfig", "create_runtime_cache"): "runtime_cache",
+    ("IRuntimeConfig", "get_runtime_cache"): "runtime_cache",
+    ("IRuntimeConfig", "set_runtime_cache"): "runtime_cache",
     ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"): "kernel_specialization",
     ("DynamicShapesKernelSpecializationStrategy", None): "kernel_specialization",
     ("EngineInvalidityDiagnostics", None): "engine_validity",
     ("Runtime", "get_engine_validity"): "engine_validity",
+    ("Runtime", "engine_host_code_allowed"): "host_code",
+    ("BuilderFlag", "VERSION_COMPATIBLE"): "version_compatible",
+    ("BuilderFlag", "EXCLUDE_LEAN_RUNTIME"): "version_compatible",
+    ("OnnxParser", None): "build",
+    ("ParserError", None): "build",
+    ("OnnxParserRefitter", None): "refit",
+    ("Refitter", None): "refit",
 }
 
 
 def touched(file: Path, text: str | None = None) -> set[tuple[str, str | None]]:
     """(class, member) of all that a source file takes from TensorRT; (class, None) where it takes the class."""
-    variables, found = VARIABLES.get(file.name, {}), set()
-    for node in ast.walk(ast.parse(text or file.read_text())):
+    found, text = set(), text or file.read_text()
+    uses = re.search(r"^from llmtrt\.engine\.flavor import .*\b(Flavor|choose\w*)\b", text, re.MULTILINE)
+    place = file.relative_to(SOURCE)
+    variables = (VARIABLES | EXCEPT.get(place.parts[0], {}) if uses else {}) | EXCEPT.get(place.as_posix(), {})
+    for node in ast.walk(ast.parse(text)):
         if not isinstance(node, ast.Attribute) or node.attr.startswith("_"):
             continue
         base = ast.unparse(node.value)
-        if base in variables and not (base == "engine" and node.attr in OURS):
+        if variables.get(base) and not (base == "engine" and node.attr in OURS):
             found.add((variables[base], node.attr))
         elif base in MODULES and node.attr[0].isupper():
             found.add((node.attr, None))
@@ -88,23 +112,38 @@ def missing(names: set[tuple[str, str | None]], listing: dict) -> list[str]:
     )
 
 
-BUILDING = sorted((SOURCE / "engine").glob("*.py"))
-RUNNING = [SOURCE / "runtime" / "tensorrt.py", SOURCE / "engine" / "logger.py"]
+def reached(file: Path, found: frozenset[Path] = frozenset()) -> frozenset[Path]:
+    """The file and what it imports, at any place, from our engine and runtime."""
+    for folder, name in re.findall(r"from llmtrt\.(engine|runtime)\.(\w+) import", file.read_text()):
+        if (other := SOURCE / folder / f"{name}.py") not in found:
+            found = reached(other, found | {other})
+    return found | {file}
+
+
+EVERY = sorted([*(SOURCE / "engine").glob("*.py"), *(SOURCE / "runtime").glob("*.py")])
+RUNNING = sorted(reached(SOURCE / "runtime" / "tensorrt.py"))  # what a flavor without a builder has to do with
+BUILDERS = [name for name, listing in LISTINGS.items() if flavor_of(listing).can("build")]
+
+
+def product(name: str) -> tuple[str, str]:
+    """("tensorrt_rtx", "1.6") of a listing's name."""
+    wheel, version = name.split("-")
+    return wheel.split("_cu")[0], ".".join(version.split(".")[:2])
 
 
 def test_the_listings_are_of_the_versions_that_llmtrt_speaks_of():
-    found = {(name.split("_cu")[0], ".".join(name.split("-")[1].split(".")[:2])) for name in LISTINGS}
-    assert found == {
+    assert {product(name) for name in LISTINGS} == {
         ("tensorrt", "10.16"),
         ("tensorrt", "11.4"),
         ("tensorrt_lean", "11.4"),
+        ("tensorrt_dispatch", "11.4"),
         ("tensorrt_rtx", "1.6"),
         ("tensorrt_rtx", "1.7"),
     }
 
 
 def test_the_source_is_seen():
-    names = set().union(*(touched(file) for file in [*BUILDING, *RUNNING]))
+    names = set().union(*map(touched, EVERY))
     assert {("Builder", "create_network"), ("IExecutionContext", "execute_async_v3"), ("OnnxParser", None)} <= names
     assert len(names) > 45
 
@@ -112,14 +151,14 @@ def test_the_source_is_seen():
 @pytest.mark.parametrize("name", LISTINGS)
 def test_every_name_that_is_used_exists(name):
     listing = LISTINGS[name]
-    files = RUNNING if "lean" in name else [*BUILDING, *RUNNING]
-    assert {file.name: missing(touched(file), listing) for file in files} == {file.name: [] for file in files}
+    files = EVERY if name in BUILDERS else RUNNING
+    assert {file: lacking for file in files if (lacking := missing(touched(file), listing))} == {}
 
 
 @pytest.mark.parametrize("line", ["builder.build_engine(network)", "trt.BuilderFlags.REFIT", "trt.BuilderFlag.FP17"])
 def test_a_misspelt_name_would_be_found(line):
-    names = touched(SOURCE / "engine" / "build.py", line)
-    assert all(missing(names, listing) for name, listing in LISTINGS.items() if "lean" not in name)
+    names = touched(SOURCE / "engine" / "build.py", f"from llmtrt.engine.flavor import Flavor\n{line}")
+    assert all(missing(names, LISTINGS[name]) for name in BUILDERS)
 
 
 def test_a_listing_over_stubs_is_what_the_library_itself_gives():
@@ -137,12 +176,39 @@ def test_a_listing_over_stubs_is_what_the_library_itself_gives():
 
 
 def test_what_the_flavors_can_do():
-    able = {name: flavor_of(listing).capabilities for name, listing in LISTINGS.items()}
+    """Every capability, of every version alike."""
+    full, rtx = {"tensorrt"}, {"tensorrt_rtx"}
+    every = full | rtx | {"tensorrt_lean", "tensorrt_dispatch"}
+    able = {
+        "build": full | rtx,
+        "builds_without_gpu": rtx,
+        "run": every,
+        "refit": full | rtx,
+        "refit_identical": full | rtx,
+        "strip": full | rtx,
+        "version_compatible": full,
+        "host_code": every,
+        "weight_streaming": every,
+        "user_memory": every,
+        "runtime_config": every,
+        "cuda_graphs": rtx,
+        "runtime_cache": rtx,
+        "kernel_specialization": rtx,
+        "engine_validity": rtx,
+        "kv_cache_update": full | rtx,
+        "plugins": full,
+    }
+    assert able.keys() == CAPABILITIES.keys()
+    for name, listing in LISTINGS.items():
+        wanted = {capability for capability, wheels in able.items() if product(name)[0] in wheels}
+        assert flavor_of(listing).capabilities == wanted, name
 
-    def those_that_can(capability: str) -> set[str]:
-        return {name.split("_cu")[0] for name, capabilities in able.items() if capability in capabilities}
 
-    assert those_that_can("run") == {"tensorrt", "tensorrt_lean", "tensorrt_rtx"}
-    assert those_that_can("build") == {"tensorrt", "tensorrt_rtx"}
-    assert those_that_can("builds_without_gpu") == those_that_can("runtime_cache") == {"tensorrt_rtx"}
-    assert those_that_can("plugins") == {"tensorrt"}
+def test_what_a_flavor_cannot_do_is_not_asked_of_it():
+    """The guards let a name pass only where the capability is absent, so each is of a class that some flavor has."""
+    for (kind, member), capability in GUARDED.items():
+        listings = [listing for listing in LISTINGS.values() if flavor_of(listing).can(capability)]
+        assert listings, capability
+        for listing in listings:
+            assert kind in listing["classes"], (listing["wheel"], kind)
+            assert member is None or member in listing["classes"][kind], (listing["wheel"], kind, member)

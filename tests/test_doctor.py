@@ -1,5 +1,6 @@
 """What the doctor says of a machine, and of a broken one."""
 
+import argparse
 import json
 import re
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from llmtrt.cli import doctor as verb
 from llmtrt.engine import doctor
-from llmtrt.engine.flavor import describe
+from llmtrt.engine.flavor import NAMES, Missing, describe
 from llmtrt.engine.gpu import Gpu, Gpus, find_gpus
+from llmtrt.engine.installed import Installed
 
 
 def _component(facts, name):
@@ -95,3 +98,33 @@ def test_no_tensorrt_names_the_command(monkeypatch):
         "engines cannot be built: `pip install tensorrt-rtx-cu12-bindings tensorrt-rtx-cu12-libs`"
         in doctor.examine().verdict
     )
+
+
+def test_versions_beside_the_imported_one_are_shown_with_their_folder(monkeypatch, capsys):
+    trt = pytest.importorskip("tensorrt_rtx_bindings")
+    flavors = [
+        describe("rtx", trt),
+        Installed("rtx", "tensorrt_rtx", "1.9.0.1", "/opt/rtx19"),
+        Missing("lean", "the Python module tensorrt_lean is not installed", "pip install tensorrt-lean"),
+    ]
+    monkeypatch.setattr(doctor, "find_flavors", lambda: flavors)
+    found = [part for part in doctor.examine().components if part.name.startswith("TensorRT")]
+    assert [(part.name, part.version) for part in found] == [
+        ("TensorRT rtx", trt.__version__),
+        ("TensorRT rtx", "1.9.0.1"),
+        ("TensorRT lean", ""),
+    ]
+    assert "builds engines from ONNX" in found[0].abilities
+    assert f"lies in {Path(trt.__file__).parents[1]}" in found[0].abilities
+    assert found[1].abilities == ("lies in /opt/rtx19, not imported",)
+    assert found[2].purpose == "runs version-compatible engines of TensorRT tensorrt"
+    verb.run(argparse.Namespace(json=False))
+    assert (
+        "TensorRT rtx 1.9.0.1: ok, builds and runs engines\n    lies in /opt/rtx19, not imported\n"
+        in capsys.readouterr().out
+    )
+
+
+def test_every_flavor_is_a_component():
+    names = {component.name for component in doctor.examine().components}
+    assert {f"TensorRT {name}" for name in NAMES} <= names

@@ -6,8 +6,9 @@ import platform
 import re
 from dataclasses import asdict, dataclass
 
-from llmtrt.engine.flavor import CAPABILITIES, Flavor, find_flavors
+from llmtrt.engine.flavor import CAPABILITIES, Flavor, Missing, find_flavors
 from llmtrt.engine.gpu import Gpu, find_gpus
+from llmtrt.engine.installed import PRODUCTS, Installed, folder_of
 from llmtrt.runtime.cuda import INSTALL
 from llmtrt.runtime.onnxruntime import MINIMUM_VERSION
 
@@ -81,7 +82,10 @@ class Facts:
 
 
 def examine() -> Facts:
-    """Looks at this machine. It imports the libraries it reports on, makes no CUDA context and raises nothing."""
+    """Looks at this machine. It imports the libraries it reports on, one version of each, and makes no CUDA context.
+
+    Raises UserError where LLMTRT_TENSORRT lists something else than folders, and nothing else.
+    """
     flavors, found = find_flavors(), find_gpus()
     usable = [flavor for flavor in flavors if isinstance(flavor, Flavor)]
     components = (*map(_library, LIBRARIES), *map(_component, flavors), _cuda_bindings())
@@ -142,14 +146,18 @@ def _import(name: str, *more: str) -> tuple[str, str]:
     return str(getattr(module, "__version__", "unknown")), ""
 
 
-def _component(flavor: object) -> Component:
-    purpose = "builds and runs engines"
-    if isinstance(flavor, Flavor):
-        abilities = tuple(text for key, (text, _) in CAPABILITIES.items() if flavor.can(key))
-        if flavor.targets:
-            abilities += (f"targets compute capability {', '.join(flavor.targets)}",)
-        return Component(f"TensorRT {flavor.name}", purpose, flavor.version, abilities)
-    return Component(f"TensorRT {flavor.name}", purpose, problem=flavor.reason, command=flavor.command)
+def _component(flavor: Flavor | Missing | Installed) -> Component:
+    name, purpose = f"TensorRT {flavor.name}", PRODUCTS[flavor.name].purpose
+    if isinstance(flavor, Missing):
+        return Component(name, purpose, problem=flavor.reason, command=flavor.command)
+    if isinstance(flavor, Installed):
+        return Component(name, purpose, flavor.version, (f"lies in {flavor.folder}, not imported",))
+    abilities = tuple(text for key, (text, _) in CAPABILITIES.items() if flavor.can(key))
+    if flavor.targets:
+        abilities += (f"targets compute capability {', '.join(flavor.targets)}",)
+    if folder := folder_of(flavor.module):
+        abilities += (f"lies in {folder}",)
+    return Component(name, purpose, flavor.version, abilities)
 
 
 def _fit(flavor: Flavor, gpu: Gpu) -> str:
