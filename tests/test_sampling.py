@@ -105,6 +105,44 @@ def test_seeds():
     assert run(None) != run(None)
 
 
+@pytest.mark.parametrize("seed", [0, 7, (1 << 64) - 1])
+def test_noise_is_one_stream_a_seed(seed):
+    stream = np.random.Generator(np.random.Philox(key=seed)).random(40).astype(np.float32)
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), 8, np.array([0]))
+    for step in range(12):
+        noise = sampler.noise(28)
+        assert noise.dtype == np.float32 and (noise == stream[step : step + 28]).all()
+        if step % 3:
+            sampler.take(5)
+        else:  # equal logits share the noise equally
+            assert sampler.choose(np.zeros(8, np.float32))[0] == int(noise[0] * 8)
+
+
+def test_noise_stays_below_1(monkeypatch):
+    class Highest:
+        def __init__(self, bits):
+            pass
+
+        def random(self, count):
+            return np.full(count, 1 - 2.0**-53)
+
+    monkeypatch.setattr(np.random, "Generator", Highest)
+    sampler = Sampler(SamplingParams(temperature=1.0), 3, np.array([0]))
+    assert sampler.noise(2).tolist() == [1 - 2.0**-24] * 2
+    assert sampler.choose(np.array([1, 1, -np.inf], np.float32))[0] == 1
+
+
+def test_tokens_chosen_elsewhere():
+    assert Sampler(SamplingParams(), 4, np.array([1])).seen is None
+    sampler = Sampler(SamplingParams(repetition_penalty=2.0), 4, np.array([1]))
+    sampler.take(2)
+    assert sampler.seen.tolist() == [False, True, True, False]
+    assert sampler.choose(np.array([2, 3, 3, 1.9], np.float32))[0] == 0
+    with pytest.raises(UserError, match="not numbers"):
+        sampler.take(-1)
+    assert sampler.seen.tolist() == [True, True, True, False]
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-5, 1e30])
 def test_extreme_temperatures(temperature):
     logits = np.array([1.0, 5.0, 4.0, -np.inf], np.float32)

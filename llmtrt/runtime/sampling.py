@@ -13,6 +13,8 @@ NOT_NUMBERS = (
     "it again with a recipe that keeps float32"
 )
 
+_DRAWS = 4  # numbers of fp64 that Philox makes of one value of its counter
+_MOST_NOISE = np.nextafter(np.float32(1), np.float32(0))
 _GROUP = 64  # logits of which a top-k search looks at the largest first
 
 
@@ -29,7 +31,8 @@ class Sampler:
     """Chooses the tokens of one request, step by step.
 
     The noise of a step is a function of the request's seed and the step alone (Philox, Salmon et al. 2011, "Parallel
-    random numbers: as easy as 1, 2, 3"), so neither the batch around a request nor its slot changes its tokens.
+    random numbers: as easy as 1, 2, 3"), so neither the batch around a request nor its slot changes its tokens. Steps
+    may be chosen elsewhere from the same ``noise`` and ``seen``, and reported with ``take``.
     """
 
     def __init__(self, params: SamplingParams, vocab_size: int, prompt: np.ndarray):
@@ -53,21 +56,41 @@ class Sampler:
         else:
             ids, weights = distribution(scores, params)
             cumulative = np.cumsum(weights, dtype=np.float64)
-            noise = np.random.Generator(np.random.Philox(key=(self._step << 64) | self._seed)).random()
-            # side="right" skips tokens of weight 0; the minimum covers noise that rounds up to the sum.
-            place = min(int(np.searchsorted(cumulative, noise * cumulative[-1], side="right")), len(cumulative) - 1)
+            noise = float(self.noise(1)[0])
+            # side="right" skips tokens of weight 0; noise is below 1, and in fp64 so is its share of the sum.
+            place = int(np.searchsorted(cumulative, noise * cumulative[-1], side="right"))
             token = place if ids is None else int(ids[place])
+        self.take(token)
+        return token, None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
+
+    @property
+    def seen(self) -> np.ndarray | None:
+        """bool [V]: the tokens of the prompt and those chosen; None where no penalty asks for them. Not to be written."""
+        return self._seen
+
+    def noise(self, count: int) -> np.ndarray:
+        """fp32 [count] in [0, 1): the noise of the next ``count`` steps, which stay to be taken."""
+        bits = np.random.Philox(key=self._seed)
+        bits.advance(self._step // _DRAWS)
+        drawn = np.random.Generator(bits).random(self._step % _DRAWS + count)[self._step % _DRAWS :]
+        return np.minimum(drawn.astype(np.float32), _MOST_NOISE)
+
+    def take(self, token: int) -> None:
+        """The next token is ``token``, chosen elsewhere; UserError where it is negative, the word of the sampler's graph
+        for logits that are not numbers."""
+        if token < 0:
+            raise UserError(NOT_NUMBERS)
         self._step += 1
         if self._seen is not None:
             self._seen[token] = True
-        return token, None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
 
 
 def penalized(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """A copy of ``logits`` [V] with the repetition penalty on the token ids ``seen`` (each once)."""
     scores = logits.copy()
     picked = scores[seen]
-    scores[seen] = np.where(picked < 0, picked * penalty, picked / penalty)
+    with np.errstate(over="ignore"):  # np.where takes both sides of, say, a mask of the lowest number
+        scores[seen] = np.where(picked < 0, picked * penalty, picked / penalty)
     return scores
 
 
