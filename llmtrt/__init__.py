@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "SamplingParams", "build", "quantize"]
+__all__ = ["LLM", "SamplingParams", "build", "quantize", "refit"]
 
 if TYPE_CHECKING:
     from llmtrt.engine.build import build
+    from llmtrt.engine.refit import refit_engine as refit
     from llmtrt.quantization.pipeline import quantize
     from llmtrt.runtime.llm import LLM
     from llmtrt.runtime.params import SamplingParams
@@ -17,6 +18,7 @@ _MODULES = {
     "SamplingParams": "llmtrt.runtime.params",
     "build": "llmtrt.engine.build",
     "quantize": "llmtrt.quantization.pipeline",
+    "refit": "llmtrt.engine.refit:refit_engine",
 }
 
 
@@ -26,7 +28,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return globals().setdefault(name, getattr(import_module(_MODULES[name]), name))
+    module, _, attribute = _MODULES[name].partition(":")
+    return globals().setdefault(name, getattr(import_module(module), attribute or name))
 
 
 def __dir__() -> list[str]:

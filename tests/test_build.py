@@ -24,11 +24,12 @@ from llmtrt.engine.build import build
 from llmtrt.engine.flavor import choose
 from llmtrt.engine.gpu import Gpus, find_gpus
 from llmtrt.engine.logger import make_logger
-from llmtrt.engine.manifest import ENGINE, open_engine
+from llmtrt.engine.manifest import ENGINE, GREEDY, PLAN, SAMPLER, open_engine
 from llmtrt.engine.monitor import make_monitor
 from llmtrt.engine.parse import parse
 from llmtrt.errors import UserError
 from llmtrt.graph import lowerings
+from llmtrt.graph.structure import load_graph, structure_digest, weights
 from llmtrt.package import open_package
 from llmtrt.quantization.pipeline import quantize
 from llmtrt.quantization.recipe import Recipe
@@ -60,11 +61,17 @@ def test_an_engine_knows_what_it_was_built_for(engine, package):
     assert opened.spec == open_package(package).spec and opened.flavor == "rtx"
     assert opened.package_path == package.resolve()
     assert opened.manifest["lowerings"] == ["static_capacity"] and opened.manifest["flags"] == []
+    assert opened.manifest["format_version"] == 2 and opened.debug_tensors == []
+    assert opened.manifest["limits"] == {"workspace": None, "tactic_shared_memory": None}
+    assert opened.manifest["runtime"] == {"kernel_specialization": "NONE"}
+    assert not (opened.stripped or opened.refittable or opened.streams or opened.version_compatible)
+    for name in (PLAN, GREEDY, SAMPLER):
+        assert opened.manifest["files"][name]["bytes"] == (opened.path / name).stat().st_size > 100_000
     decode, prefill = opened.profiles
     assert decode["shapes"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
     assert prefill["shapes"]["input_ids"] == [[1, 1], [1, 16], [2, 16]]
     assert prefill["shapes"]["logits_index"] == [[1, 1], [1, 1], [2, 16]]
-    assert decode["shapes"]["kv_range"] == prefill["shapes"]["kv_range"] == [[1], [80], [80]]
+    assert decode["shapes"]["kv_range"] == prefill["shapes"]["kv_range"] == [[1], [64], [80]]
     assert decode["shapes"]["past_key_0"] == [[1, 2, 80, 16], [1, 2, 80, 16], [2, 2, 80, 16]]
     assert opened.plan.stat().st_size > 100_000 and built.peak_host_bytes > built.engine.plan.stat().st_size
     assert calls[-1][:2] == (1, 1) and len({call[2] for call in calls if len(call) == 3}) > 3
@@ -75,7 +82,8 @@ def test_two_builds_differ_in_the_plan_alone(engine, package):
     again = build(package, built.engine.path.with_name("again"), max_batch=2, max_seq=64, chunk=16)
     first, second = (json.loads((e.path / "manifest.json").read_text()) for e in (built.engine, again.engine))
     for manifest in (first, second):
-        del manifest["files"]["engine.plan"]
+        for name in (PLAN, GREEDY, SAMPLER):
+            del manifest["files"][name]
     assert first == second
 
 
@@ -102,7 +110,9 @@ def configured(monkeypatch):
         def build_serialized_network(self, network, config):
             flags = {name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag)}
             targets = [config.get_compute_capability(index).name for index in range(config.num_compute_capabilities)]
-            seen.append((flags, targets, config.num_optimization_profiles))
+            kinds = trt.MemoryPoolType
+            limits = [config.get_memory_pool_limit(kind) for kind in (kinds.WORKSPACE, kinds.TACTIC_SHARED_MEMORY)]
+            seen.append((flags, targets, config.num_optimization_profiles, *limits))
             return super().build_serialized_network(network, config)
 
     monkeypatch.setattr(trt, "Builder", Builder)
@@ -111,7 +121,9 @@ def configured(monkeypatch):
 
 def test_fp32_is_computed_in_fp32_for_every_default_gpu(package, tmp_path, configured):
     build(package, tmp_path / "engine", max_seq=32, chunk=8)
-    assert configured == [(set(), [], 2)]  # TF32 is on by default
+    # Decoder, and the two samplers; TF32 is on by default.
+    assert [each[:3] for each in configured] == [(set(), [], 2), (set(), [], 1), (set(), [], 1)]
+    assert len({each[3:] for each in configured}) == 1 and configured[0][3:] != (64 << 20, 48 << 10)
 
 
 def test_fp32_is_lowered_and_options_are_recorded(tmp_path, configured):
@@ -128,14 +140,106 @@ def test_fp32_is_lowered_and_options_are_recorded(tmp_path, configured):
     assert engine.manifest["lowerings"] == ["static_capacity", "decomposed_attention"]
     assert engine.manifest["flags"] == ["WEIGHT_STREAMING"]
     assert engine.compute_capabilities == ("8.9", "12.0")
-    assert configured == [({"WEIGHT_STREAMING"}, ["SM89", "SM120"], 2)]
+    targets = ["SM89", "SM120"]
+    assert [each[:3] for each in configured] == [({"WEIGHT_STREAMING"}, targets, 2), *[(set(), targets, 1)] * 2]
     assert engine.chunk == 32  # no larger than the context
+
+
+def test_the_manifest_tells_what_memory_the_plan_takes(engine, package):
+    """The weights that the builder counts are the graph's own, each from 256 bytes on."""
+    opened = engine[0].engine
+    memory, tensors = opened.manifest["memory"], weights(load_graph(open_package(package))).values()
+    assert memory["largest_weight"] == max(tensor.nbytes for tensor in tensors)
+    whole = sum(tensor.nbytes for tensor in tensors)
+    assert whole <= memory["weights"] <= 1.02 * whole + 256 * len(tensors) and opened.weight_bytes == memory["weights"]
+    decode, prefill = memory["activations"]
+    assert 0 < decode <= prefill and opened.activation_bytes(2) == prefill == 2 * opened.activation_bytes(1)
+    assert opened.streaming_scratch_bytes == 2 * memory["largest_weight"]
+
+
+def test_the_manifest_tells_the_structure_of_the_graph(engine, package):
+    told = engine[0].engine.manifest["package"]
+    assert told["structure"] == structure_digest(load_graph(open_package(package)))
+    assert told["sha256"] == open_package(package).digest
+
+
+def test_sizes_to_tune_for_limits_and_debug_tensors_are_recorded(package, tmp_path, configured):
+    engine = build(
+        package,
+        tmp_path / "engine",
+        max_batch=4,
+        max_seq=64,
+        chunk=16,
+        opt_batch=3,
+        opt_context=40,
+        workspace=64 << 20,
+        tactic_shared_memory=48 << 10,
+        kernel_specialization="EAGER",
+        debug_tensors=("model.layers.1/Add*", "model.norm/RMS*"),
+    ).engine
+    opened = open_engine(engine.path)
+    decode, prefill = opened.profiles
+    assert decode["shapes"]["input_ids"] == [[1, 1], [3, 1], [4, 1]]
+    assert prefill["shapes"]["input_ids"] == [[1, 1], [3, 16], [4, 16]]
+    assert decode["shapes"]["kv_range"] == prefill["shapes"]["kv_range"] == [[1], [40], [80]]
+    assert decode["shapes"]["past_key_0"] == [[1, 2, 80, 16], [3, 2, 80, 16], [4, 2, 80, 16]]
+    assert opened.manifest["limits"] == {"workspace": 64 << 20, "tactic_shared_memory": 48 << 10}
+    assert [each[3:] for each in configured] == [(64 << 20, 48 << 10)] * 3
+    assert opened.manifest["runtime"] == {"kernel_specialization": "EAGER"}
+    assert opened.debug_tensors == ["model.layers.1/Add", "model.layers.1/Add_2", "model.norm/RMSNormalization"]
+
+
+def test_a_timing_cache_is_written_and_read_again(package, tmp_path, monkeypatch):
+    trt, given = choose("rtx").module, []
+    create = trt.IBuilderConfig.create_timing_cache
+    monkeypatch.setattr(
+        trt.IBuilderConfig,
+        "create_timing_cache",
+        lambda config, content: given.append(bytes(content)) or create(config, content),
+    )
+    cache = tmp_path / "below" / "timing"
+    for turn in range(2):
+        build(package, tmp_path / f"engine{turn}", max_seq=32, chunk=8, timing_cache=cache)
+        given.append(cache.read_bytes())
+    *_, first, written = given[: (half := len(given) // 2)]
+    *_, second, again = given[half:]
+    assert first == b"" and second == written and len(written) > 16 and len(again) >= len(written)
+    assert os.listdir(cache.parent) == ["timing"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.write_bytes(b"no cache" * 100), "is no timing cache of this TensorRT and GPU: remove it"),
+        (lambda path: path.write_bytes(b"p"), "is no timing cache of this TensorRT and GPU: remove it"),
+        (lambda path: path.mkdir(), "cannot read --timing-cache .*: Is a directory"),
+    ],
+)
+def test_what_is_no_timing_cache_is_refused(package, tmp_path, make, message):
+    make(tmp_path / "timing")
+    before = (tmp_path / "timing").stat()
+    _fails(message, package, tmp_path, max_seq=32, chunk=8, timing_cache=tmp_path / "timing")
+    after = (tmp_path / "timing").stat()  # what somebody named by mistake is still there
+    assert (after.st_ino, after.st_mtime_ns, after.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"flavor": "lean"}, "no TensorRT flavor 'lean'"),
+        ({"flavor": "fat"}, "no TensorRT flavor 'fat': choose auto, rtx, tensorrt, lean or dispatch"),
+        ({"flavor": "rtx==0.1"}, "TensorRT flavor rtx==0.1: .* is installed: install it with"),
+        ({"refit": "some"}, "--refit should be identical or any, but is 'some'"),
+        ({"refit": True}, "--refit should be identical or any, but is True"),
+        ({"version_compatible": True}, "TensorRT rtx .* cannot do --version-compatible: leave it out"),
+        ({"kernel_specialization": "FAST"}, "--kernel-specialization should be LAZY, EAGER, NONE, but is 'FAST'"),
+        ({"workspace": 0}, "--workspace should be an integer from 1"),
+        ({"tactic_shared_memory": 1.5}, "--tactic-shared-memory should be an integer from 1 to .*, but is 1.5"),
+        ({"opt_batch": 2}, "--opt-batch should be an integer from 1 to 1, but is 2"),
+        ({"opt_context": 33, "max_seq": 32}, "--opt-context should be an integer from 1 to 32, but is 33"),
+        (
+            {"debug_tensors": ("model.norm*", "x*")},
+            r"no tensor that the graph computes is named like 'x\*': names are as",
+        ),
         ({"max_seq": 257}, "--max-seq should be an integer from 1 to 256, but is 257"),
         ({"max_batch": 0}, "--max-batch should be an integer from 1"),
         ({"chunk": True}, "--chunk should be an integer"),
@@ -151,7 +255,9 @@ def test_wrong_options_are_told_at_once(package, tmp_path, options, message):
     "options, message",
     [
         ({"strip": True}, "--strip needs an NVIDIA GPU.*no NVIDIA driver"),
-        ({"refit": True}, "--refit needs an NVIDIA GPU"),
+        ({"refit": "identical"}, "--refit needs an NVIDIA GPU where the engine is built, but no NVIDIA driver"),
+        ({"refit": "any"}, "--refit needs an NVIDIA GPU"),
+        ({"strip": True, "refit": "any"}, "--strip needs an NVIDIA GPU"),
         ({"compute_capabilities": ("current",)}, "--compute-capability current needs an NVIDIA GPU"),
     ],
 )
@@ -405,7 +511,7 @@ def _limited(function, resource):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 1"),
+        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 2"),
         (lambda m: m.update(format="llmtrt-package"), "expected format 'llmtrt-engine', found 'llmtrt-package'"),
         (lambda m: m.update(format="other"), "not an engine's manifest"),
         (lambda m: m.update(capacity=-1), "capacity should be a positive integer, but is -1"),
@@ -413,6 +519,13 @@ def _limited(function, resource):
         (lambda m: m.update(flavor={"name": 3}), "flavor and compute_capabilities should hold names"),
         (lambda m: m.pop("profiles"), "'profiles' should be a JSON array"),
         (lambda m: m["files"].pop("engine.plan"), "'files' should list engine.plan"),
+        (lambda m: m["files"].pop("greedy.plan"), "'files' should list greedy.plan"),
+        (lambda m: m.pop("runtime"), "'runtime' should be a JSON object"),
+        (lambda m: m.update(debug_tensors={}), "'debug_tensors' should be a JSON array"),
+        (lambda m: m["memory"].update(activations=[]), "'memory' should hold sizes in bytes"),
+        (lambda m: m["memory"].update(activations=[1, "2"]), "'memory' should hold sizes in bytes"),
+        (lambda m: m["memory"].update(weights=-1), "'memory' should hold sizes in bytes"),
+        (lambda m: m["memory"].pop("largest_weight"), "'memory' should hold sizes in bytes"),
         (lambda m: m["model"].update(layers="many"), "model.layers should be a positive integer"),
         (lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": "0"}}), "'../x' is not a plain file name"),
     ],

@@ -9,11 +9,11 @@ import sys
 from llmtrt import __version__
 from llmtrt.errors import UserError
 
-VERBS = ("quantize", "build", "generate", "chat", "eval", "inspect", "lint", "doctor")
+VERBS = ("quantize", "build", "refit", "generate", "chat", "eval", "debug", "inspect", "lint", "doctor")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 1 for a finding (lint), 2 for whatever the user can mend, Ctrl-C."""
+    """Runs one verb; returns the exit code: 0, 1 for a finding (debug, lint), 2 for whatever the user can mend, Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="llmtrt", description="A Hugging Face LLM as one standard ONNX graph, as a TensorRT engine, as text."
     )
@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("llmtrt"):
             raise
-        extra = {"quantize": "quantize", "lint": "quantize", "build": "rtx"}.get(options.verb, "cpu")
+        extra = {"quantize": "quantize", "lint": "quantize", "build": "rtx", "debug": "rtx", "refit": "rtx"}.get(
+            options.verb, "cpu"
+        )
         return _mistake(options.verb, f"the Python module {error.name} is missing: pip install 'llmtrt[{extra}]'")
     except OSError as error:
         # What the verbs do not say better: a name that is too long, a folder that may not be read, a full stdout.

@@ -10,12 +10,15 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 @dataclass(frozen=True)
 class Gpu:
-    """``compute_capability`` as in "8.6"; ``memory`` in bytes."""
+    """``compute_capability`` as in "8.6"; ``memory`` in bytes; ``bus_id`` names it to NVML ("0000:3b:00.0"), ``driver``
+    is the driver's version, empty if unknown."""
 
     index: int
     name: str
     compute_capability: str
     memory: int
+    bus_id: str = ""
+    driver: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,23 @@ def find_gpus() -> Gpus:
     status = library.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:
         return Gpus((), driver, cuda, "the NVIDIA driver sees no GPU")
-    return Gpus(tuple(_gpu(library, index) for index in range(count.value)), driver, cuda)
+    return Gpus(tuple(_gpu(library, index, driver) for index in range(count.value)), driver, cuda)
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
+
+
+def free_bytes(gpu: Gpu) -> int | None:
+    """Bytes of ``gpu``'s memory that are free, asked of NVML, so that no CUDA context takes some of it; None where NVML
+    does not tell."""
+    nvml, handle, memory = _load(_NVML), ctypes.c_void_p(), _Memory()
+    if nvml is None or not gpu.bus_id or nvml.nvmlInit_v2():
+        return None
+    status = nvml.nvmlDeviceGetHandleByPciBusId_v2(gpu.bus_id.encode(), ctypes.byref(handle))
+    status = status or nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+    nvml.nvmlShutdown()
+    return None if status else memory.free
 
 
 def _load(names: tuple[str, ...]) -> ctypes.CDLL | None:
@@ -54,7 +73,8 @@ def _load(names: tuple[str, ...]) -> ctypes.CDLL | None:
     return None
 
 
-def _gpu(library: ctypes.CDLL, index: int) -> Gpu:
+def _gpu(library: ctypes.CDLL, index: int, driver: str) -> Gpu:
+    bus_id = ctypes.create_string_buffer(32)
     device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
     major, minor = ctypes.c_int(), ctypes.c_int()
     library.cuDeviceGet(ctypes.byref(device), index)
@@ -62,7 +82,10 @@ def _gpu(library: ctypes.CDLL, index: int) -> Gpu:
     library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     library.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
     library.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    return Gpu(index, name.value.decode(errors="replace"), f"{major.value}.{minor.value}", memory.value)
+    if library.cuDeviceGetPCIBusId(bus_id, len(bus_id), device):
+        bus_id.value = b""
+    capability = f"{major.value}.{minor.value}"
+    return Gpu(index, name.value.decode(errors="replace"), capability, memory.value, bus_id.value.decode(), driver)
 
 
 def _cuda_version(library: ctypes.CDLL) -> str:

@@ -1,6 +1,6 @@
 """The engine: the folder that `llmtrt build` writes, bound to one TensorRT flavor and version.
 
-engine.plan  tokenizer.json  tokenizer_config.json  chat_template.jinja  manifest.json
+engine.plan  greedy.plan  sampler.plan  tokenizer.json  tokenizer_config.json  chat_template.jinja  manifest.json
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,12 @@ from pathlib import Path
 from llmtrt import files
 from llmtrt.errors import UserError
 from llmtrt.manifest import MANIFEST, Kind, read_manifest
-from llmtrt.package import ModelSpec
+from llmtrt.package import WEIGHTS, ModelSpec
 
-ENGINE = Kind("llmtrt-engine", 1, "an engine", "llmtrt build PACKAGE -o ENGINE")
+ENGINE = Kind("llmtrt-engine", 2, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN = "engine.plan"
-REFIT_GRAPH = "graph.onnx"  # of a stripped plan: what it was built from, without weights
+GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
+REFIT_GRAPH = "graph.onnx"  # of a plan that can be refitted: what it was built from, without weights
 _SIZES = ("max_batch", "max_seq", "chunk", "capacity")
 
 
@@ -43,6 +44,51 @@ class Engine:
     def compute_capabilities(self) -> tuple[str, ...]:
         """The targets that it was built for ("8.6"); empty: every GPU that the flavor supports by default."""
         return tuple(self.manifest["compute_capabilities"])
+
+    @property
+    def version_compatible(self) -> bool:
+        """Whether later versions and the lean runtime run it; such a plan carries code that runs on the host."""
+        return "VERSION_COMPATIBLE" in self.manifest["flags"]
+
+    @property
+    def stripped(self) -> bool:
+        return "STRIP_PLAN" in self.manifest["flags"]
+
+    @property
+    def refittable(self) -> bool:
+        return any(flag.startswith("REFIT") for flag in self.manifest["flags"])
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights may stay in host memory."""
+        return "WEIGHT_STREAMING" in self.manifest["flags"]
+
+    @property
+    def debug_tensors(self) -> list[str]:
+        """Outputs beside those of the graph contract."""
+        return self.manifest["debug_tensors"]
+
+    @property
+    def weight_bytes(self) -> int:
+        """GPU memory for all weights: what the builder said, or else the size of the files that hold them."""
+        said = self.manifest["memory"].get("weights")
+        if said is not None and not self.stripped:
+            return said
+        size = self.plan.stat().st_size
+        if self.stripped and self.package_path is not None:
+            size += (self.package_path / WEIGHTS).stat().st_size
+        return size
+
+    @property
+    def streaming_scratch_bytes(self) -> int:
+        """What TensorRT allocates beside the budget as soon as one weight is streamed: room for the largest, twice."""
+        return 2 * self.manifest["memory"]["largest_weight"]
+
+    def activation_bytes(self, slots: int) -> int | None:
+        """About what ``slots`` sequences take of memory for activations, from what the builder said of ``max_batch``;
+        None where it said nothing."""
+        said = self.manifest["memory"].get("activations")
+        return None if said is None else max(said) * slots // self.max_batch
 
     @property
     def profiles(self) -> list[dict]:
@@ -93,6 +139,9 @@ def _check(manifest: dict, where: Path) -> None:
         "compute_capabilities": list,
         "lowerings": list,
         "flags": list,
+        "debug_tensors": list,
+        "memory": dict,
+        "runtime": dict,
     }
     for name, kind in kinds.items():
         if not isinstance(manifest.get(name), kind):
@@ -109,11 +158,17 @@ def _check(manifest: dict, where: Path) -> None:
             f"{where}: capacity {manifest['capacity']} is less than max_seq {manifest['max_seq']} + chunk "
             f"{manifest['chunk']}: make the engine anew with `llmtrt build`"
         )
-    if PLAN not in manifest["files"]:
-        raise UserError(f"{where}: 'files' should list {PLAN}: make the engine anew with `llmtrt build`")
+    if missing := [name for name in (PLAN, GREEDY, SAMPLER) if name not in manifest["files"]]:
+        raise UserError(f"{where}: 'files' should list {missing[0]}: make the engine anew with `llmtrt build`")
     texts = [manifest["flavor"].get("name"), manifest["flavor"].get("version"), *manifest["compute_capabilities"]]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: flavor and compute_capabilities should hold names: make the engine anew")
+    memory = manifest["memory"]
+    activations = memory.get("activations")
+    sizes = [memory.get("largest_weight"), *(activations if isinstance(activations, list) else [])]
+    sizes += [] if memory.get("weights") is None else [memory["weights"]]
+    if not all(isinstance(size, int) and 0 <= size < 1 << 50 for size in sizes) or activations == []:
+        raise UserError(f"{where}: 'memory' should hold sizes in bytes: make the engine anew with `llmtrt build`")
 
 
 def _find_package(path: Path, package: dict) -> Path | None:

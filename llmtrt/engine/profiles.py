@@ -4,9 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmtrt.engine.flavor import Flavor
+from llmtrt.engine.options import BuildOptions
 from llmtrt.errors import UserError
-
-_TYPICAL_CONTEXT = 1024
 
 Shape = tuple[int, ...]
 
@@ -22,14 +21,15 @@ class Profile:
         return asdict(self)
 
 
-def make_profiles(inputs: dict[str, Shape], max_batch: int, chunk: int, capacity: int) -> list[Profile]:
-    """Profile 0, decode: S = K = 1; profile 1, prefill: S and K from 1 to ``chunk``. B and L are free in both.
+def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
+    """Profile 0, decode: S = K = 1; profile 1, prefill: S and K from 1 to a chunk. B and L are free in both, and tuned
+    for ``options.opt_batch`` and ``opt_context``.
 
-    ``inputs``: the network's shapes, −1 where a dimension is dynamic. They are tuned for one sequence at a context of
-    1024 (or the capacity), since that is what a person waits for.
+    ``inputs``: the network's shapes, −1 where a dimension is dynamic.
     """
-    batch = (1, 1, max_batch)
-    context = (1, min(_TYPICAL_CONTEXT, capacity), capacity)
+    chunk, capacity = options.chunk, options.capacity
+    batch = (1, options.opt_batch, options.max_batch)
+    context = (1, options.opt_context, capacity)
     one, rows, wanted = (1, 1, 1), (1, chunk, chunk), (1, 1, chunk)
     return [
         Profile("decode", {name: _shapes(name, shape, batch, one, one, context) for name, shape in inputs.items()}),
@@ -37,6 +37,16 @@ def make_profiles(inputs: dict[str, Shape], max_batch: int, chunk: int, capacity
             "prefill", {name: _shapes(name, shape, batch, rows, wanted, context) for name, shape in inputs.items()}
         ),
     ]
+
+
+def sampler_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
+    """One profile: B is free, and there is noise for each row of the cache."""
+    sizes = {0: (1, options.opt_batch, options.max_batch), 1: (options.capacity,) * 3}
+    shapes = {
+        name: tuple(zip(*(sizes[axis] if size < 0 else (size,) * 3 for axis, size in enumerate(shape))))
+        for name, shape in inputs.items()
+    }
+    return [Profile("sample", shapes)]
 
 
 def _shapes(name: str, shape: Shape, batch: Shape, rows: Shape, wanted: Shape, context: Shape) -> tuple:

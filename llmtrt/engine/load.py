@@ -1,0 +1,97 @@
+"""A plan file into an ICudaEngine, or a sentence that says why this machine does not take it."""
+
+import io
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+from llmtrt.engine.flavor import Flavor
+from llmtrt.engine.manifest import Engine
+from llmtrt.errors import UserError
+
+_PIECE = 64 << 20  # bytes
+_WHY = {
+    "VERSION_MISMATCH": "it was built by another TensorRT version",
+    "UNSUPPORTED_CC": "it was not built for this GPU's compute capability",
+    "OLD_CUDA_DRIVER": "the NVIDIA driver is too old",
+    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old",
+    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory",
+    "MALFORMED_ENGINE": "the plan is damaged",
+    "CUDA_ERROR": "CUDA reports an error",
+}
+
+
+def make_runtime(flavor: Flavor, logger: Any, engine: Engine, trust_host_code: bool = False) -> Any:
+    """An IRuntime for ``engine``; ``trust_host_code`` lets it load a version-compatible plan, which carries code that runs
+    on the host.
+
+    Raises UserError for such an engine without that, and if TensorRT does not start, which is how a driver that is missing
+    or too old shows.
+    """
+    if engine.version_compatible and not trust_host_code:
+        raise UserError(
+            f"{engine.path} is version compatible, so its plan carries code that runs on this machine: pass "
+            "--trust-host-code (trust_host_code=True) if you would run a program from whom you have it"
+        )
+    logger.clear()
+    try:
+        runtime, reason = flavor.module.Runtime(logger), logger.reason()
+    except TypeError as error:  # how most bindings report that there is none
+        reason = logger.reason() or str(error)
+    if reason:  # lean and dispatch hand out a null pointer that crashes when it is used
+        raise UserError(
+            f"TensorRT {flavor.name} {flavor.version} does not start ({reason}): `llmtrt doctor` shows driver and CUDA "
+            "versions"
+        )
+    if engine.version_compatible:
+        runtime.engine_host_code_allowed = True
+    return runtime
+
+
+def deserialize(flavor: Flavor, runtime: Any, plan: Path, logger: Any, streams: bool = False) -> Any:
+    """The ICudaEngine of the file ``plan``; ``streams``: it was built for weight streaming, so its weights stay in host
+    memory, and the file is read in pieces lest they be there twice.
+
+    Raises UserError for a plan that is empty, damaged, or made for another version, GPU or driver.
+    """
+    logger.clear()
+    if not plan.stat().st_size:
+        engine, why = None, _WHY["MALFORMED_ENGINE"]
+    else:
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            engine = runtime.deserialize_cuda_engine(_make_reader(flavor, file) if streams else content)
+            why = _why_not(flavor, runtime, content, logger) if engine is None else ""
+    if engine is None:
+        raise UserError(
+            f"TensorRT {flavor.name} {flavor.version} does not load {plan} ({why}): build the engine anew with "
+            "`llmtrt build` for this machine"
+        )
+    return engine
+
+
+def _make_reader(flavor: Flavor, file: io.BufferedReader) -> Any:
+    trt = flavor.module
+
+    class Reader(trt.IStreamReaderV2):
+        def __init__(self):
+            trt.IStreamReaderV2.__init__(self)
+
+        def read(self, size, stream):
+            return file.read(min(size, _PIECE))  # it asks again for what is left
+
+        def seek(self, offset, where):
+            file.seek(offset, {"SET": os.SEEK_SET, "CUR": os.SEEK_CUR, "END": os.SEEK_END}[where.name])
+            return True
+
+    return Reader()
+
+
+def _why_not(flavor: Flavor, runtime: Any, content: mmap.mmap, logger: Any) -> str:
+    """Why a plan did not load, in words; asked only then, for an engine may run where it is called unfit."""
+    reasons = []
+    if flavor.can("engine_validity"):
+        _, bits = runtime.get_engine_validity(content)
+        members = flavor.module.EngineInvalidityDiagnostics.__members__
+        reasons = [_WHY.get(name, name) for name, member in members.items() if int(bits) & int(member)]
+    return " and ".join(reasons) or logger.reason() or "it gave no reason"

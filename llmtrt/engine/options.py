@@ -1,0 +1,135 @@
+"""What a build was asked for, checked against the flavor before anything long starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrt.engine.flavor import Flavor
+from llmtrt.engine.gpu import find_gpus
+from llmtrt.errors import UserError
+
+REFITS = ("identical", "any")
+# LAZY swaps kernels while a person waits, and with them the last bits of every number; EAGER compiles for every new
+# shape. NONE is the same kernels always.
+KERNEL_SPECIALIZATION = "NONE"
+_TYPICAL_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The options of ``llmtrt.build``, of the same names; ``resolved`` fills in what depends on package and flavor."""
+
+    max_batch: int = 1
+    max_seq: int | None = None
+    chunk: int = 512
+    opt_batch: int = 1
+    opt_context: int | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    weight_streaming: bool = False
+    strip: bool = False
+    refit: str | None = None
+    version_compatible: bool = False
+    kernel_specialization: str = KERNEL_SPECIALIZATION
+    workspace: int | None = None
+    tactic_shared_memory: int | None = None
+    timing_cache: Path | None = None
+    debug_tensors: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # of trt.BuilderFlag, from resolved()
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the KV cache of one sequence: ``max_seq``, and a chunk whose padding is written past it."""
+        return self.max_seq + self.chunk
+
+    def resolved(self, flavor: Flavor, max_seq: int) -> "BuildOptions":
+        """The same with sizes, targets and flags settled for ``flavor`` and a package of ``max_seq`` tokens.
+
+        Raises UserError for a size out of range, a flag that the flavor does not have, and one that needs a GPU where
+        there is none.
+        """
+        max_seq = _size("max_seq", max_seq if self.max_seq is None else self.max_seq, max_seq)
+        max_batch = _size("max_batch", self.max_batch, 1 << 16)
+        chunk = min(max_seq, _size("chunk", self.chunk, 1 << 20))
+        context = min(_TYPICAL_CONTEXT, max_seq) if self.opt_context is None else self.opt_context
+        for name in ("workspace", "tactic_shared_memory"):
+            if getattr(self, name) is not None:
+                _size(name, getattr(self, name), 1 << 50)
+        _check_specialization(flavor, self.kernel_specialization)
+        return BuildOptions(
+            max_batch,
+            max_seq,
+            chunk,
+            _size("opt_batch", self.opt_batch, max_batch),
+            _size("opt_context", context, max_seq),
+            _targets(flavor, self.compute_capabilities),
+            self.weight_streaming,
+            self.strip,
+            self.refit,
+            self.version_compatible,
+            self.kernel_specialization,
+            self.workspace,
+            self.tactic_shared_memory,
+            self.timing_cache,
+            tuple(self.debug_tensors),
+            _flags(flavor, self),
+        )
+
+
+def _size(name: str, value: object, limit: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+        raise UserError(f"--{name.replace('_', '-')} should be an integer from 1 to {limit}, but is {value!r}")
+    return value
+
+
+def _check_specialization(flavor: Flavor, name: str) -> None:
+    if flavor.can("kernel_specialization"):
+        kinds = flavor.module.DynamicShapesKernelSpecializationStrategy.__members__
+        if name not in kinds:
+            raise UserError(f"--kernel-specialization should be {', '.join(kinds)}, but is {name!r}")
+    elif name != KERNEL_SPECIALIZATION:
+        raise UserError(f"TensorRT {flavor.name} {flavor.version} has no kernel specialization: leave it out")
+
+
+def _flags(flavor: Flavor, options: BuildOptions) -> tuple[str, ...]:
+    if options.refit not in (None, *REFITS):
+        raise UserError(f"--refit should be {' or '.join(REFITS)}, but is {options.refit!r}")
+    refit = options.refit or ("identical" if options.strip else None)
+    # Not REFIT: it makes the parser's own constants refittable too, which no initializer names, so that the refitter
+    # calls itself incomplete ("42 weights out of 47"), and folds none of them, so that the last bits differ.
+    wanted = {
+        "WEIGHT_STREAMING": ("weight_streaming", options.weight_streaming),
+        "STRIP_PLAN": ("strip", options.strip),
+        "REFIT_IDENTICAL": ("refit_identical", refit == "identical"),
+        "REFIT_INDIVIDUAL": ("refit", refit == "any"),
+        "VERSION_COMPATIBLE": ("version_compatible", options.version_compatible),
+    }
+    chosen = {flag: capability for flag, (capability, on) in wanted.items() if on}
+    for capability in chosen.values():
+        if not flavor.can(capability):
+            said = capability.removesuffix("_identical").replace("_", "-")
+            raise UserError(f"TensorRT {flavor.name} {flavor.version} cannot do --{said}: leave it out")
+    if (options.strip or refit) and (problem := find_gpus().problem):
+        raise UserError(
+            f"{'--strip' if options.strip else '--refit'} needs an NVIDIA GPU where the engine is built, but {problem}: "
+            "build there, or without it"
+        )
+    return tuple(sorted(chosen))
+
+
+def _targets(flavor: Flavor, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The compute capabilities as "8.9", in the flavor's order; "current" becomes this machine's GPU's."""
+    if not wanted:
+        return ()
+    if not flavor.targets:
+        raise UserError(f"TensorRT {flavor.name} builds for this machine's GPU alone: leave --compute-capability out")
+    names = set(wanted)
+    if "current" in names:
+        found = find_gpus()
+        if found.problem:
+            raise UserError(f"--compute-capability current needs an NVIDIA GPU, but {found.problem}: name one, as 8.9")
+        names = names - {"current"} | {found.gpus[0].compute_capability}
+    if unknown := sorted(names - set(flavor.targets)):
+        raise UserError(
+            f"TensorRT {flavor.name} {flavor.version} does not build for compute capability {', '.join(unknown)}: take "
+            f"{', '.join(flavor.targets)}"
+        )
+    return tuple(target for target in flavor.targets if target in names)
