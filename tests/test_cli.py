@@ -201,13 +201,97 @@ def test_verification_can_be_skipped(own_stories, capsys):
     assert main(["inspect", str(own_stories), "--no-verify"]) == 0
 
 
-@pytest.mark.parametrize("flag", ["--strip", "--refit"])
-def test_flags_that_need_a_gpu_say_so(stories, tmp_path, capsys, flag):
+@pytest.mark.parametrize("flags", ["--strip", "--refit identical", "--refit any", "--strip --refit any"])
+def test_flags_that_need_a_gpu_say_so(stories, tmp_path, capsys, flags):
     from llmtrt.engine.gpu import find_gpus
 
     if not find_gpus().problem:
         pytest.skip("there is a GPU here")
-    assert f"{flag} needs an NVIDIA GPU" in refused(capsys, "build", stories, "-o", tmp_path / "engine", flag)
+    said = refused(capsys, "build", stories, "-o", tmp_path / "engine", *flags.split())
+    assert f"{flags.split()[0]} needs an NVIDIA GPU where the engine is built, but" in said
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--version-compatible", "cannot do --version-compatible: leave it out"),
+        ("--kernel-specialization FAST", "--kernel-specialization should be LAZY, EAGER, NONE, but is 'FAST'"),
+        ("--workspace 0", "--workspace should be an integer from 1 to"),
+        ("--tactic-shared-memory -1", "--tactic-shared-memory should be an integer from 1 to"),
+        ("--opt-batch 2", "--opt-batch should be an integer from 1 to 1, but is 2"),
+        ("--opt-context 100 --max-seq 64", "--opt-context should be an integer from 1 to 64, but is 100"),
+        ("--debug-tensors nothing*", "no tensor that the graph computes is named like 'nothing*': names are as in"),
+        ("--flavor rtx==0.1", "TensorRT flavor rtx==0.1: "),
+    ],
+)
+def test_build_refuses_what_the_flavor_does_not_take(stories, tmp_path, capsys, flags, said):
+    assert said in refused(capsys, "build", stories, "-o", tmp_path / "engine", *flags.split())
+    assert os.listdir(tmp_path) == []
+
+
+def test_refit_takes_one_of_two_kinds(stories, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["build", str(stories), "-o", str(tmp_path / "engine"), "--refit", "some"])
+    assert ended.value.code == 2 and "choose from identical, any" in capsys.readouterr().err.replace("'", "")
+
+
+@pytest.fixture(scope="module")
+def engine(stories, tmp_path_factory) -> Path:
+    """An engine of stories260k with something of all that `inspect` shows, not to be changed."""
+    folder = tmp_path_factory.mktemp("engine") / "engine"
+    more = "--max-batch 4 --max-seq 96 --chunk 32 --weight-streaming --workspace 67108864 --kernel-specialization LAZY"
+    assert main(["build", str(stories), "-o", str(folder), *more.split(), "--debug-tensors", "model.norm/RMS*"]) == 0
+    return folder
+
+
+def inspected(capsys, engine) -> dict[str, str]:
+    """The rows that `inspect` prints."""
+    capsys.readouterr()
+    assert main(["inspect", str(engine)]) == 0
+    rows = (line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    return {name: value.strip() for name, value in rows}
+
+
+def test_inspect_tells_what_an_engine_will_take(engine, capsys, monkeypatch):
+    from llmtrt.engine import gpu as gpus
+    from llmtrt.engine.gpu import Gpu, Gpus
+
+    memory = json.loads((engine / "manifest.json").read_text())["memory"]
+    monkeypatch.setattr(gpus, "find_gpus", lambda: Gpus((), problem="the driver sleeps"))
+    rows = inspected(capsys, engine)
+    assert rows["kernel specialization"] == "LAZY" and rows["debug tensors"] == "1"
+    assert rows["limits"] == "workspace 67108864 bytes"
+    assert f"{memory['weights'] / 1e6:.2f} MB for weights" in rows["GPU memory"]
+    kv_cache = 128 * 5 * 2 * 4 * 8 * 2  # rows, layers, keys and values, heads, head dim, bytes of fp16
+    assert f"{kv_cache / 1e6:.2f} MB for the KV cache of one sequence" in rows["GPU memory"]
+    assert f"{max(memory['activations']) // 4 / 1e6:.2f} MB for activations" in rows["GPU memory"]
+    assert rows["weight budget"] == f"auto depends on a GPU: the driver sleeps (of {memory['weights'] / 1e6:.2f} MB)"
+
+    monkeypatch.setattr(gpus, "find_gpus", lambda: Gpus((Gpu(0, "Some GPU", "8.9", 1 << 34),)))
+    for free, kept in ((8 << 30, memory["weights"]), (1000, 0)):
+        monkeypatch.setattr(gpus, "free_bytes", lambda gpu, free=free: free)
+        rows = inspected(capsys, engine)
+        assert rows["weight budget"] == (
+            f"auto keeps {kept / 1e6:.2f} of {memory['weights'] / 1e6:.2f} MB on Some GPU, of which {free / 1e6:.2f} MB "
+            "are free"
+        )
+        assert f"{kept / 1e6:.2f} MB for weights" in rows["GPU memory"]
+
+
+def test_inspect_of_an_engine_imports_no_tensorrt(engine):
+    code = (
+        "import sys\nfrom llmtrt.cli.main import main\ncode = main(['inspect', sys.argv[1]])\n"
+        "assert not [name for name in sys.modules if name.startswith(('tensorrt', 'onnx', 'cuda.'))]\nsys.exit(code)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, engine],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "GPU memory" in run.stdout
 
 
 def test_a_token_id_out_of_range(stories):
@@ -295,9 +379,8 @@ def test_help_names_every_verb_and_imports_nothing_heavy():
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert run.returncode == 0, run.stderr
-    assert all(
-        verb in run.stdout for verb in ("quantize", "build", "generate", "chat", "eval", "inspect", "lint", "doctor")
-    )
+    verbs = "quantize build refit generate chat eval debug inspect lint doctor".split()
+    assert all(f"\n    {verb} " in run.stdout for verb in verbs)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,13 @@ from llmtrt.engine.manifest import open_engine
 from llmtrt.errors import UserError
 from llmtrt.package import open_package
 from llmtrt.runtime.cuda import Cuda
+from llmtrt.runtime.llm import LLM
+from llmtrt.runtime.load import Loaded
 from llmtrt.runtime.loop import logits_of
 from llmtrt.runtime.onnxruntime import OrtSession
+from llmtrt.runtime.params import SamplingParams
+from llmtrt.runtime.sampling import Sampler
+from llmtrt.runtime.session import Slot
 from llmtrt.runtime.tensorrt import TrtSession
 
 pytestmark = pytest.mark.gpu
@@ -162,12 +167,16 @@ def test_streamed_weights_give_the_same_tokens(made, sessions, tmp_path):
     package, _ = made("smollm2-int4")
     engine = build(package.path, tmp_path / "engine", max_seq=128, chunk=64, weight_streaming=True).engine
     on_gpu, _ = sessions("smollm2-int4")
-    streamed = TrtSession(engine, weight_budget=engine.plan.stat().st_size // 2)
-    prompt = tokens(package, 12)
-    try:
-        assert greedy(streamed, [prompt]) == greedy(on_gpu, [prompt])
-    finally:
-        streamed.close()
+    prompt, wanted = tokens(package, 12), None
+    for budget in ("0%", "50%", "auto"):
+        streamed = TrtSession(engine, weight_budget=budget)
+        try:
+            assert greedy(streamed, [prompt]) == greedy(on_gpu, [prompt])
+            logits = np.concatenate([*logits_of(streamed, prompt, 64)])
+        finally:
+            streamed.close()
+        wanted = logits if wanted is None else wanted
+        assert np.array_equal(logits, wanted)
 
 
 @pytest.mark.parametrize("name", ["stories-int4", "smollm2-int4"])
@@ -194,6 +203,109 @@ def test_a_stripped_plan_is_small_and_filled_from_its_package(made, tmp_path, na
             session.close()
 
 
+def on(session, engine) -> LLM:
+    return LLM.from_loaded(Loaded(session, engine.path, engine.generation, engine.max_batch, engine.max_seq))
+
+
+SAMPLED = [
+    dict(temperature=0.0),
+    dict(temperature=0.0, repetition_penalty=1.3),
+    dict(temperature=0.8, seed=3),
+    dict(temperature=1.2, top_k=20, seed=4),
+    dict(temperature=1.0, top_p=0.8, min_p=0.02, seed=5),
+    dict(temperature=0.7, top_k=50, top_p=0.95, repetition_penalty=1.1, seed=6),
+]
+
+
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
+@pytest.mark.parametrize("name", ["stories-fp32", "stories-int4", "smollm2-int4"])
+def test_tokens_chosen_on_the_device_are_the_hosts(made, name, captured):
+    """Asked for log-probabilities, the host chooses from each step's logits. The answers cross a context bucket."""
+    package, engine = made(name)
+    prompts = [tokens(package, count).tolist() for count in (240, 5, 70)]
+    with on(TrtSession(engine, cuda_graphs=captured), engine) as llm:
+        for params in SAMPLED:
+            device = llm.generate(prompts, SamplingParams(max_tokens=40, ignore_eos=True, **params))
+            host = llm.generate(prompts, SamplingParams(max_tokens=40, ignore_eos=True, logprobs=0, **params))
+            assert [one.token_ids for one in device] == [one.token_ids for one in host], params
+            alone = llm.generate(prompts[1], SamplingParams(max_tokens=40, ignore_eos=True, **params))
+            if name == "stories-fp32":  # in fp16 another batch size may round a near tie the other way
+                assert alone.token_ids == device[1].token_ids, params
+
+
+def test_a_stop_ends_the_tokens_where_the_host_would(made):
+    package, engine = made("stories-fp32")
+    prompt = tokens(package, 12).tolist()
+    with on(TrtSession(engine), engine) as llm:
+        free = llm.generate(prompt, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)).token_ids
+        for place in (0, 1, 7):
+            stop = free[place]
+            done = llm.generate(prompt, SamplingParams(max_tokens=30, temperature=0, stop_token_ids=[stop]))
+            assert done.token_ids == free[: free.index(stop) + 1] and done.finish_reason == "stop"
+
+
+def test_logits_that_are_not_numbers_are_told(made, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from llmtrt.quantization.pipeline import quantize
+
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for path in samples.stories260k().iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], 6e4)  # times any weight above 1: no fp16
+    save_file(weights, folder / "model.safetensors")
+    package = quantize(folder, tmp_path / "package", "fp16").package
+    engine = build(package.path, tmp_path / "engine", max_seq=64, chunk=8).engine
+    session = TrtSession(engine)
+    try:
+        session.reserve(1, 32)
+        logits = session.step(np.array([[5]]), np.array([[0]]), np.array([[0]]))
+        assert not np.isfinite(logits).all()
+        params = SamplingParams(temperature=1.0, seed=0)
+        for each in (SamplingParams(), params):
+            slot = Slot(5, 0, 3, each, Sampler(each, package.spec.vocab_size, np.array([5])))
+            assert [int(step[0]) for step in session.decode([slot])][0] == -1
+    finally:
+        session.close()
+
+
+@pytest.mark.parametrize("allocation", ["user", "profile", "static"])
+def test_every_allocation_strategy_gives_the_same_tokens(made, sessions, allocation):
+    on_gpu, on_cpu = sessions("smollm2-int4", allocation=allocation)
+    prompt = tokens(made("smollm2-int4")[0], 12)
+    assert greedy(on_gpu, [prompt]) == greedy(on_cpu, [prompt])
+
+
+def test_memory_is_about_what_was_predicted(made):
+    _, engine = made("smollm2-fp16")
+    with on(TrtSession(engine), engine) as llm:
+        llm.generate(list(range(100)), SamplingParams(max_tokens=8, temperature=0))
+        used = llm.memory()
+        print(used)
+        assert used.predicted.weights <= used.measured.weights + (8 << 20) and used.measured.weights < (
+            1.15 * used.predicted.weights + (8 << 20)
+        )
+        assert used.measured.kv_cache == engine.capacity * engine.spec.kv_bytes_per_token()
+        assert used.measured.activations <= used.predicted.activations
+        assert used.measured.scratch < 256 << 20
+
+
+def test_compiled_kernels_are_kept_on_disk(made, tmp_path):
+    if not choose(need="run").can("runtime_cache"):
+        pytest.skip("this flavor has no runtime cache")
+    _, engine = made("stories-fp16")
+    found = []
+    for _ in range(2):
+        with on(TrtSession(engine, kernel_cache=tmp_path / "kernels"), engine) as llm:
+            found.append(llm.generate([5, 6, 7], SamplingParams(max_tokens=20, temperature=0)).token_ids)
+        files = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in (tmp_path / "kernels").iterdir()}
+        found.append(files)
+    assert found[0] == found[2] and found[1] == found[3]  # the second time nothing was compiled
+    assert len(found[1]) >= 2 and all(size > 1000 for size, _ in found[1].values())
+
+
 def test_closing_gives_all_memory_back(made):
     _, engine = made("stories-fp16")
     probe = Cuda()
@@ -203,6 +315,8 @@ def test_closing_gives_all_memory_back(made):
         for _ in range(3):
             session = TrtSession(engine)
             session.reserve(3, 100)
+            slot = Slot(5, 10, 4, SamplingParams(), Sampler(SamplingParams(), engine.spec.vocab_size, np.array([5])))
+            assert len(list(session.decode([slot]))) == 4
             assert probe.free_bytes() < before
             session.close()
         assert before - probe.free_bytes() < 8 << 20

@@ -232,7 +232,7 @@ def engine(fp32, tmp_path, monkeypatch):
     """An engine folder whose plan runs nowhere, beside a TensorRT session that says so."""
 
     class TrtSession:
-        def __init__(self, engine, verify):
+        def __init__(self, engine, verify, **options):
             raise UserError("there is no GPU")
 
     monkeypatch.setitem(sys.modules, "llmtrt.runtime.tensorrt", types.SimpleNamespace(TrtSession=TrtSession))
@@ -240,13 +240,15 @@ def engine(fp32, tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(fp32.path / name, folder)
-    (folder / "engine.plan").write_bytes(b"plan")
+    for name in ("engine.plan", "greedy.plan", "sampler.plan"):
+        (folder / name).write_bytes(b"plan")
     digests = {path.name: files.digest_file(path) for path in folder.iterdir()}
     manifest = {
-        "format": "llmtrt-engine", "format_version": 1, "files": digests, "generation": {},
+        "format": "llmtrt-engine", "format_version": 2, "files": digests, "generation": {},
         "model": fp32.spec.to_json(),
         "package": {"path": str(fp32.path), "sha256": fp32.digest}, "flavor": {"name": "rtx", "version": "1.6.1"},
         "compute_capabilities": [], "profiles": [], "lowerings": [], "flags": [],
+        "runtime": {}, "debug_tensors": [], "memory": {"weights": None, "activations": None, "largest_weight": 0},
         "max_batch": 2, "max_seq": 128, "chunk": 64, "capacity": 192,
     }  # fmt: skip
     files.write_json(folder / "manifest.json", manifest)

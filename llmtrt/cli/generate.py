@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> None:
             answers = [
                 asdict(completion) | {"prompt": prompt} for prompt, completion in zip(options.prompt, completions)
             ]
-            print(json.dumps({"runtime": llm.runtime, "completions": answers}, ensure_ascii=False))
+            memory = {"memory": used.to_json()} if (used := llm.memory()) else {}
+            print(json.dumps({"runtime": llm.runtime, "completions": answers} | memory, ensure_ascii=False))
             return
         for completion in [] if printed else completions:
             print(completion.text, end="\n---\n")
@@ -62,3 +63,5 @@ def run(options: argparse.Namespace) -> None:
                 f"first after {completion.ttft * 1e3:.0f} ms{rate}, ended by {completion.finish_reason}",
                 file=sys.stderr,
             )
+        if used := llm.memory():
+            print(f"GPU memory: {used.measured} ({used.predicted.total / 1e9:.2f} GB predicted)", file=sys.stderr)

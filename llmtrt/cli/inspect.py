@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(opened.manifest))
         return
     try:
-        rows = dict(_rows(opened.manifest)) | ({} if is_engine else _quality_rows(path))
+        rows = dict(_rows(opened.manifest)) | (dict(_memory_rows(opened)) if is_engine else _quality_rows(path))
         lines = list(_layers(opened.manifest)) if options.layers else []
     except (KeyError, TypeError, AttributeError, ValueError):
         # The parts that only a person reads are not checked when it is opened.
@@ -90,12 +90,47 @@ def _quality_rows(path) -> dict[str, str]:
     }
 
 
+def _memory_rows(engine):
+    """What the engine will take of a GPU's memory, and for one that streams its weights what it would keep here."""
+    from llmtrt.engine.gpu import find_gpus, free_bytes
+    from llmtrt.runtime.footprint import predict
+    from llmtrt.runtime.streaming import WeightBudget
+
+    found = find_gpus()
+    free = None if found.problem else free_bytes(found.gpus[0])
+    needed, weights = predict(engine, 1, WeightBudget(), free), f"{engine.weight_bytes / 1e6:.2f} MB"
+    yield (
+        "GPU memory",
+        (
+            f"{needed.weights / 1e6:.2f} MB for weights, {needed.kv_cache / 1e6:.2f} MB for the KV cache of one sequence, "
+            f"{needed.activations / 1e6:.2f} MB for activations, {needed.scratch / 1e6:.2f} MB of scratch"
+        ),
+    )
+    if not engine.streams:
+        return
+    if free is None:
+        yield "weight budget", f"auto depends on a GPU: {found.problem or 'its free memory is unknown'} (of {weights})"
+        return
+    yield (
+        "weight budget",
+        (
+            f"auto keeps {needed.weights / 1e6:.2f} of {weights} on {found.gpus[0].name}, of which {free / 1e6:.2f} MB "
+            "are free"
+        ),
+    )
+
+
 def _engine_rows(manifest: dict):
     flavor = manifest["flavor"]
     targets = ", ".join(manifest["compute_capabilities"]) or "the flavor's own choice"
     yield "flavor", f"TensorRT {flavor['name']} {flavor['version']}, compute capability: {targets}"
     yield "flags", ", ".join(manifest["flags"]) or "none"
     yield "lowerings", ", ".join(manifest["lowerings"]) or "none"
+    if kinds := manifest["runtime"].get("kernel_specialization"):
+        yield "kernel specialization", kinds
+    limits = [f"{name.replace('_', ' ')} {size} bytes" for name, size in manifest["limits"].items() if size is not None]
+    yield "limits", ", ".join(limits) or "none"
+    yield "debug tensors", str(len(manifest["debug_tensors"]))
     for profile in manifest["profiles"]:
         shapes = {name: profile["shapes"][name] for name in ("input_ids", "logits_index", "kv_range")}
         yield (

@@ -26,6 +26,27 @@ def add_model(parser: argparse.ArgumentParser, accuracy_level: int = 4) -> None:
         f"(default {accuracy_level})",
     )
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256")
+    engine = parser.add_argument_group("for an engine")
+    engine.add_argument("--package", metavar="PACKAGE", help="take the weights from here, if it was built to take any")
+    engine.add_argument(
+        "--weight-budget",
+        metavar="SIZE",
+        help="weights to keep on the GPU, of an engine that streams them: auto (default), 50%%, 4G",
+    )
+    engine.add_argument(
+        "--allocation",
+        choices=("user", "profile", "static"),
+        help="who allocates activations: one block of ours (default), or TensorRT for each profile or once",
+    )
+    engine.add_argument(
+        "--trust-host-code", action="store_true", help="load a version-compatible engine, which runs code on the host"
+    )
+
+
+def engine_options(options: argparse.Namespace) -> dict:
+    """Those of ``LLM`` for an engine that were given."""
+    names = ("package", "weight_budget", "allocation", "trust_host_code")
+    return {name: value for name in names if (value := getattr(options, name))}
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +74,7 @@ def load(options: argparse.Namespace) -> "LLM":
         threads=options.threads,
         accuracy_level=options.accuracy_level,
         verify=not options.no_verify,
+        **engine_options(options),
     )
     if llm.notice:
         print(f"note: {llm.notice}", file=sys.stderr)

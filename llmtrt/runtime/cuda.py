@@ -1,8 +1,9 @@
-"""CUDA memory and a stream for a session, through NVIDIA's cuda-bindings; no torch."""
+"""CUDA memory, a stream and graphs captured from it for a session, through NVIDIA's cuda-bindings; no torch."""
 
 import ctypes
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,8 +12,18 @@ from llmtrt.errors import UserError
 INSTALL = "pip install 'cuda-bindings==12.*'"  # 12 works with every driver that runs our engines; 13 needs driver 580
 
 
+class Region(NamedTuple):
+    """``size`` bytes of device memory from ``address`` on."""
+
+    address: int
+    size: int
+
+    def overlaps(self, other: "Region") -> bool:
+        return self.address < other.address + other.size and other.address < self.address + self.size
+
+
 class Cuda:
-    """One device's memory and one stream of work on it. ``close`` frees all that was allocated through it.
+    """One device's memory and one stream of work on it. ``close`` frees all that was made through it.
 
     Raises UserError if cuda-bindings is missing, if the device does not start, and if its memory does not suffice; any
     other CUDA error is a RuntimeError.
@@ -22,6 +33,8 @@ class Cuda:
         self._rt = _import()
         self._device: dict[int, int] = {}  # address → bytes
         self._host: set[int] = set()
+        self._graphs: list[Any] = []
+        self._events: list[Any] = []
         self._call("cudaSetDevice", device)
         self._stream = self._call("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking)
 
@@ -75,14 +88,64 @@ class Cuda:
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
 
+    def copy(self, to: Region, source: Region) -> None:
+        """Copies ``source`` to the start of ``to``, both on the device, in the stream's order."""
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", to.address, source.address, source.size, kind, self._stream)
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """What ``work`` puts on the stream as a graph for ``launch``; nothing of it runs now."""
+        mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", self._stream, mode)
+        try:
+            work()
+        except BaseException:
+            self._rt.cudaStreamEndCapture(self._stream)
+            raise
+        graph = self._call("cudaStreamEndCapture", self._stream)
+        try:
+            self._graphs.append(self._call("cudaGraphInstantiate", graph, 0))
+        finally:
+            self._rt.cudaGraphDestroy(graph)
+        self._call("cudaGraphUpload", self._graphs[-1], self._stream)
+        return self._graphs[-1]
+
+    def launch(self, graph: Any) -> None:
+        """Runs what ``capture`` gave, in the stream's order."""
+        self._call("cudaGraphLaunch", graph, self._stream)
+
+    def drop_graphs(self) -> None:
+        """Destroys every graph, once the stream's work is done."""
+        self.synchronize()
+        for graph in self._graphs:
+            self._call("cudaGraphExecDestroy", graph)
+        self._graphs = []
+
+    def event(self) -> Any:
+        """An event for ``record`` and ``wait``."""
+        self._events.append(self._call("cudaEventCreateWithFlags", self._rt.cudaEventDisableTiming))
+        return self._events[-1]
+
+    def record(self, event: Any) -> None:
+        """Marks what is on the stream by now."""
+        self._call("cudaEventRecord", event, self._stream)
+
+    def wait(self, event: Any) -> None:
+        """Waits on the host until what ``record`` marked is done; raises what went wrong in it."""
+        self._call("cudaEventSynchronize", event)
+
     def synchronize(self) -> None:
         """Waits until the stream's work is done; raises what went wrong in it."""
         self._call("cudaStreamSynchronize", self._stream)
 
     def finish(self) -> None:
-        """Waits until nothing uses the memory any more; unlike ``synchronize`` it raises nothing."""
+        """Waits until nothing uses the memory any more and destroys every graph; unlike ``synchronize`` it raises
+        nothing."""
         if self._stream is not None:
             self._rt.cudaStreamSynchronize(self._stream)
+        for graph in self._graphs:
+            self._rt.cudaGraphExecDestroy(graph)
+        self._graphs = []
 
     def close(self) -> None:
         """Frees everything, after an error too; calling it twice is fine."""
@@ -90,11 +153,13 @@ class Cuda:
             return
         self.finish()
         rt, stream, self._stream = self._rt, self._stream, None
+        for event in self._events:
+            rt.cudaEventDestroy(event)
         for address in self._device:
             rt.cudaFree(address)
         for address in self._host:
             rt.cudaFreeHost(address)
-        self._device, self._host = {}, set()
+        self._events, self._device, self._host = [], {}, set()
         rt.cudaStreamDestroy(stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:

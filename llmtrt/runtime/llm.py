@@ -10,14 +10,19 @@ import numpy as np
 
 from llmtrt.errors import UserError
 from llmtrt.runtime import loop
+from llmtrt.runtime.footprint import MemoryUse
 from llmtrt.runtime.load import Loaded, load
 from llmtrt.runtime.params import SamplingParams, check_integer
 from llmtrt.runtime.request import Completion, Piece, Request
+from llmtrt.runtime.session import DeviceSession
 from llmtrt.runtime.tokenizer import TOKENIZER, Tokenizer
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
+ENGINE_OPTIONS = frozenset(
+    "weight_budget package allocation kernel_specialization cuda_graphs kernel_cache trust_host_code".split()
+)
 _LOGITS_BYTES = 64 << 20  # of one step where every token's logits are wanted
 
 
@@ -29,7 +34,9 @@ class LLM:
     that cannot run here (``notice`` then says why). ``max_batch``: how many prompts are generated together; more than
     that go in turns. ``max_seq``: the most tokens of a prompt and its answer together (None: what the model or engine
     has); memory for them is taken only as requests need it. ``chunk``, ``threads``, ``accuracy_level``: see
-    ``OrtSession``; they do nothing on TensorRT. ``verify=False`` skips the SHA-256 of the files.
+    ``OrtSession``; they do nothing on TensorRT. ``verify=False`` skips the SHA-256 of the files. For an engine, see
+    ``TrtSession`` on ``weight_budget``, ``package`` (a path here), ``allocation``, ``kernel_specialization``,
+    ``cuda_graphs``, ``kernel_cache`` and ``trust_host_code``.
 
     Attributes: ``spec`` (``ModelSpec``), ``runtime`` (a description for a person), ``notice`` (a sentence or None),
     ``max_batch``, ``max_seq``, ``tokenizer`` (None where the model has none), ``default_params`` (``SamplingParams``
@@ -48,10 +55,13 @@ class LLM:
         threads: int | None = None,
         accuracy_level: int = 4,
         verify: bool = True,
+        **engine_options: object,
     ):
         _check_limits(max_batch, max_seq)
-        options = {} if chunk is None else {"chunk": chunk}
-        loaded = load(Path(path), runtime, verify, threads=threads, accuracy_level=accuracy_level, **options)
+        if unknown := engine_options.keys() - ENGINE_OPTIONS:
+            raise UserError(f"LLM has no option {', '.join(sorted(unknown))}: see its documentation")
+        options = {"threads": threads, "accuracy_level": accuracy_level} | ({} if chunk is None else {"chunk": chunk})
+        loaded = load(Path(path), runtime, verify, engine_options, options)
         self._set_up(loaded, max_batch, max_seq)
 
     @classmethod
@@ -149,6 +159,11 @@ class LLM:
         for part in loop.logits_of(self._session, ids, max(1, _LOGITS_BYTES // (4 * self.spec.vocab_size))):
             self._in_turn(turn)
             yield part
+
+    def memory(self) -> MemoryUse | None:
+        """GPU memory by kind, predicted and measured, on TensorRT; None on ONNX Runtime, whose memory is the process's."""
+        self._require_open()
+        return self._session.memory() if isinstance(self._session, DeviceSession) else None
 
     def close(self) -> None:
         """Frees the model's memory and ends its streams; calling it twice is fine."""

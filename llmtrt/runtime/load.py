@@ -24,8 +24,9 @@ class Loaded:
     notice: str | None = None
 
 
-def load(path: Path, runtime: str, verify: bool, **options: object) -> Loaded:
-    """Loads the package or engine in ``path`` on ``runtime``, one of ``RUNTIMES``; ``options`` are ``OrtSession``'s.
+def load(path: Path, runtime: str, verify: bool, engine_options: dict, package_options: dict) -> Loaded:
+    """Loads the package or engine in ``path`` on ``runtime``, one of ``RUNTIMES``; ``engine_options`` are ``TrtSession``'s
+    (``package`` a path), ``package_options`` ``OrtSession``'s.
 
     ``auto`` takes TensorRT for an engine, and ONNX Runtime for a package or where an engine cannot run but its package
     is found. Raises UserError if that cannot be.
@@ -37,8 +38,10 @@ def load(path: Path, runtime: str, verify: bool, **options: object) -> Loaded:
     if not ENGINE.is_at(path):
         if runtime == "tensorrt":
             raise UserError(f"{path} is not an engine: build one from the package with `llmtrt build {path} -o ENGINE`")
-        return _load_package(path, verify, options)
-    return _load_engine(path, runtime, verify, options)
+        if engine_options:
+            raise UserError(f"{path} is a package, and {', '.join(engine_options)} is for an engine: leave it out")
+        return _load_package(path, verify, package_options)
+    return _load_engine(path, runtime, verify, engine_options, package_options)
 
 
 def _load_package(path: Path, verify: bool, options: dict, **limits: object) -> Loaded:
@@ -48,30 +51,33 @@ def _load_package(path: Path, verify: bool, options: dict, **limits: object) -> 
     return Loaded(OrtSession(package, **options), package.path, package.generation, **limits)
 
 
-def _load_engine(path: Path, runtime: str, verify: bool, options: dict) -> Loaded:
+def _load_engine(path: Path, runtime: str, verify: bool, engine_options: dict, package_options: dict) -> Loaded:
     from llmtrt.engine.manifest import open_engine
 
     engine = open_engine(path, verify)
+    # The engine's limits hold on ONNX Runtime too: what fits on this machine should fit on the one with the GPU.
+    limits = {"max_batch": engine.max_batch, "max_seq": engine.max_seq}
+    other, generation, package_path = engine_options.pop("package", None), engine.generation, engine.package_path
+    if other is not None:
+        package_path = Path(other)
+        package = engine_options["package"] = packages.open_package(package_path, verify)
+        generation = package.generation
     problem = f"runtime={runtime!r} was asked for"
     if runtime != "onnxruntime":
         from llmtrt.runtime.tensorrt import TrtSession
 
         try:
-            return Loaded(
-                TrtSession(engine, verify=verify), engine.path, engine.generation, engine.max_batch, engine.max_seq
-            )
+            return Loaded(TrtSession(engine, verify=verify, **engine_options), engine.path, generation, **limits)
         except UserError as error:
             if runtime == "tensorrt":
                 raise
             problem = str(error)
-    if engine.package_path is None:
+    if package_path is None:
         raise UserError(
             f"{problem}, and the package that {path} was built from, which ONNX Runtime could run, is not found: give that "
             "package's folder instead"
         )
-    notice = f"{problem}; its package {engine.package_path} runs on ONNX Runtime instead"
-    # The engine's limits hold here too: what fits on this machine should fit on the one with the GPU.
-    limits = {"max_batch": engine.max_batch, "max_seq": engine.max_seq}
+    notice = f"{problem}; its package {package_path} runs on ONNX Runtime instead"
     return _load_package(
-        engine.package_path, verify, options, **limits, notice=None if runtime == "onnxruntime" else notice
+        package_path, verify, package_options, **limits, notice=None if runtime == "onnxruntime" else notice
     )

@@ -1,11 +1,12 @@
 """The token loop: prefill in chunks, then one token of every slot a step."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 
 from llmtrt.runtime.request import Piece, Request
-from llmtrt.runtime.session import Session
+from llmtrt.runtime.session import DeviceSession, Session
 
 
 def generate(session: Session, requests: Sequence[Request]) -> Iterator[Piece]:
@@ -17,6 +18,24 @@ def generate(session: Session, requests: Sequence[Request]) -> Iterator[Piece]:
     """
     session.reserve(len(requests), max(len(request.prompt) + request.most_tokens for request in requests))
     yield from _prefill(session, requests)
+    if all(request.finished for request in requests):
+        return
+    on_device = isinstance(session, DeviceSession) and not any(request.wants_logits for request in requests)
+    yield from (_decode_on_device if on_device else _decode)(session, requests)
+
+
+def _decode_on_device(session: DeviceSession, requests: Sequence[Request]) -> Iterator[Piece]:
+    with closing(session.decode([request.slot() for request in requests])) as steps:
+        for tokens in steps:
+            for request, token in zip(requests, tokens.tolist()):
+                if not request.finished:
+                    yield request.take(token)
+            if all(request.finished for request in requests):
+                return
+
+
+def _decode(session: Session, requests: Sequence[Request]) -> Iterator[Piece]:
+    """Tokens that the host chooses: on runtimes without a sampler, and where log-probabilities are asked for."""
     input_ids = np.zeros((len(requests), 1), np.int64)
     positions = np.array([[len(request.prompt)] for request in requests], np.int64)
     logits_index = np.zeros((len(requests), 1), np.int64)

@@ -1,6 +1,8 @@
 """The session on ONNX Runtime's CPU provider: runs a package as it is, with the KV cache updated in place."""
 
 import os
+from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 
@@ -20,20 +22,24 @@ class OrtSession:
 
     ``threads``: of one operator (None: every core this process may use). ``accuracy_level``: of INT4 products, as ONNX
     Runtime's MatMulNBits numbers them: 4 computes with INT8 activations and is the fastest, 1 with fp32. ``chunk``: the
-    most rows of one step.
+    most rows of one step. ``graph``: another form of the package's graph (serialized, its weights in the package's files),
+    whose outputs ``debug_tensors`` are those that ``debug_values`` gives.
 
     Raises UserError if ONNX Runtime is missing or too old, if the graph contradicts the manifest, if the package is in
     bfloat16, or if the model needs more memory than there is.
     """
 
-    def __init__(self, package: Package, threads: int | None = None, accuracy_level: int = 4, chunk: int = CHUNK):
-        ort = _import()
+    def __init__(
+        self,
+        package: Package,
+        threads: int | None = None,
+        accuracy_level: int = 4,
+        chunk: int = CHUNK,
+        graph: bytes | None = None,
+        debug_tensors: Sequence[str] = (),
+    ):
+        ort = require_runnable(package)
         spec = package.spec
-        if "bfloat16" in (spec.dtype, spec.kv_dtype):
-            raise UserError(
-                f"{package.path} is in bfloat16, which runs on TensorRT only: build an engine with `llmtrt build`, or "
-                "quantize the checkpoint again with float16 or float32"
-            )
         check_integer("accuracy_level", accuracy_level, 0, 4)
         check_integer("threads", threads, 1, optional=True)
         check_integer("chunk", chunk, 1)
@@ -49,14 +55,19 @@ class OrtSession:
         options.enable_mem_pattern = False  # plans memory for shapes that come again; ours change every step
         options.log_severity_level = 3
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
+        source = str(package.graph)
+        if graph is not None:
+            source = graph
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(package.path))
         try:
-            self._session = ort.InferenceSession(str(package.graph), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001 - the library's exceptions have no common type
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(f"ONNX Runtime {ort.__version__} cannot load {package.graph} ({first})") from None
         inputs = {value.name: value for value in self._session.get_inputs()}
         outputs = {value.name: value for value in self._session.get_outputs()}
-        _check(inputs, outputs, spec, package)
+        self._debug_tensors = [*debug_tensors]
+        _check(inputs, {name: outputs[name] for name in outputs.keys() - {*debug_tensors}}, spec, package)
         self._caches = [
             (f"past_{kind}_{layer}", f"present_{kind}_{layer}")
             for layer in range(spec.layers)
@@ -107,9 +118,15 @@ class OrtSession:
         }
         for name, value in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value, np.int64))
-        binding.bind_output("logits", "cpu")
+        for name in (*self._debug_tensors, "logits"):
+            binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
         return binding.get_outputs()[-1].numpy()
+
+    def debug_values(self) -> dict[str, np.ndarray]:
+        """What the last step computed for each of the ``debug_tensors``."""
+        values = self._binding.get_outputs()[len(self._caches) : -1]
+        return {name: value.numpy() for name, value in zip(self._debug_tensors, values)}
 
     def close(self) -> None:
         """See ``Session``."""
@@ -122,7 +139,18 @@ class OrtSession:
         self._capacity = 0
 
 
-def _import():
+def require_runnable(package: Package) -> ModuleType:
+    """The module onnxruntime; UserError if it is missing or too old, or if ``package`` is in a type that it does not run."""
+    ort = _import()
+    if "bfloat16" in (package.spec.dtype, package.spec.kv_dtype):
+        raise UserError(
+            f"{package.path} is in bfloat16, which runs on TensorRT only: build an engine with `llmtrt build`, or "
+            "quantize the checkpoint again with float16 or float32"
+        )
+    return ort
+
+
+def _import() -> ModuleType:
     remedy = 'install it with `pip install "onnxruntime>=1.24"`'
     try:
         import onnxruntime

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llmtrt.errors import UserError
 from llmtrt.package import ModelSpec
 from llmtrt.runtime.detokenize import Detokenizer, TextStream
 from llmtrt.runtime.params import SamplingParams
-from llmtrt.runtime.sampling import Sampler, TokenLogprob
+from llmtrt.runtime.sampling import NOT_NUMBERS, Sampler, TokenLogprob
+from llmtrt.runtime.session import Slot
 from llmtrt.runtime.tokenizer import Tokenizer
 
 
@@ -93,9 +95,28 @@ class Request:
         """Tokens of the prompt and the answer so far; the last of the answer is not yet in the KV cache."""
         return len(self.prompt) + len(self.token_ids)
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether the host has to see every step's logits."""
+        return self._logprobs is not None
+
+    def slot(self) -> Slot:
+        """Where decoding goes on after the tokens so far; a finished request idles for one step."""
+        left = max(1, self.most_tokens - len(self.token_ids))
+        return Slot(self.token_ids[-1], self.length - 1, left, self._sampler.params, self._sampler)
+
     def accept(self, logits: np.ndarray) -> Piece:
         """Takes the next token from ``logits``, fp32 [V]."""
-        token, logprob = self._sampler.choose(logits)
+        return self._push(*self._sampler.choose(logits))
+
+    def take(self, token: int) -> Piece:
+        """Takes the next token as the device chose it; UserError for −1, its word for logits that are not numbers."""
+        if token < 0:
+            raise UserError(NOT_NUMBERS)
+        self._sampler.take(token)
+        return self._push(token)
+
+    def _push(self, token: int, logprob: TokenLogprob | None = None) -> Piece:
         if not self.token_ids:
             self._first = time.perf_counter()
         self.token_ids.append(token)

@@ -1,10 +1,27 @@
 """What the token loop needs of a loaded model, whichever runtime holds it."""
 
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from llmtrt.package import ModelSpec
+from llmtrt.runtime.footprint import MemoryUse
+from llmtrt.runtime.params import SamplingParams
+from llmtrt.runtime.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one sequence stands when decoding starts: its last ``token``, not yet in the KV cache, goes to ``position``;
+    at most ``steps`` more are wanted, chosen as ``params`` say. ``sampler`` has the noise and the tokens seen so far."""
+
+    token: int
+    position: int
+    steps: int
+    params: SamplingParams
+    sampler: Sampler
 
 
 class Session(Protocol):
@@ -32,3 +49,18 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Frees what the session holds; calling it twice is fine."""
+
+
+@runtime_checkable
+class DeviceSession(Session, Protocol):
+    """A session that chooses tokens where the logits are, and feeds them back by itself."""
+
+    def decode(self, slots: Sequence[Slot]) -> Iterator[np.ndarray]:
+        """The next tokens, int64 [B], of every slot of the batch, step by step, after ``step`` ran their prompts.
+
+        As many as the longest of ``slots`` wants; what comes for a slot past its own is to be ignored. A token is −1
+        where the logits were not numbers. Closing the iterator ends it.
+        """
+
+    def memory(self) -> MemoryUse:
+        """The device's memory by kind."""

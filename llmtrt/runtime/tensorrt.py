@@ -1,113 +1,131 @@
 """The session on a TensorRT engine: weights, KV cache and activations in the memory of one GPU."""
 
-import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmtrt.engine.flavor import choose
-from llmtrt.engine.gpu import Gpu, find_gpus
+from llmtrt.engine.flavor import choose_for
+from llmtrt.engine.gpu import Gpu, find_gpus, free_bytes
+from llmtrt.engine.load import deserialize, make_runtime
 from llmtrt.engine.logger import make_logger
-from llmtrt.engine.manifest import Engine
+from llmtrt.engine.manifest import GREEDY, PLAN, SAMPLER, Engine
 from llmtrt.engine.refit import refit
 from llmtrt.errors import UserError
-from llmtrt.package import WEIGHTS
-from llmtrt.runtime.cuda import Cuda
+from llmtrt.package import Package
+from llmtrt.runtime.context import Context, Settings, Shapes
+from llmtrt.runtime.cuda import Cuda, Region
+from llmtrt.runtime.decode import DecodeLoop, DecodeState
+from llmtrt.runtime.footprint import Footprint, MemoryUse, predict, room_for_weights, state_bytes
+from llmtrt.runtime.kernel_cache import KernelCache, default_folder
+from llmtrt.runtime.kv_cache import KvCache, aligned
+from llmtrt.runtime.session import Slot
+from llmtrt.runtime.streaming import WeightBudget
 
 _DECODE, _PREFILL = 0, 1  # profiles of the engine
-_ALIGNMENT = 256
 _SMALLEST_CONTEXT = 256  # the KV range is rounded up to powers of two from here on: each length is a shape of its own
 _INPUTS = ("input_ids", "positions", "logits_index")
-_WHY = {
-    "VERSION_MISMATCH": "it was built by another TensorRT version",
-    "UNSUPPORTED_CC": "it was not built for this GPU's compute capability",
-    "OLD_CUDA_DRIVER": "the NVIDIA driver is too old",
-    "OLD_CUDA_RUNTIME": "the CUDA runtime is too old",
-    "INSUFFICIENT_GPU_MEMORY": "the GPU has too little memory",
-    "MALFORMED_ENGINE": "the plan is damaged",
-    "CUDA_ERROR": "CUDA reports an error",
-}
+_NOTHING = Region(0, 0)
+_NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16}
 
 
 class TrtSession:
-    """A ``Session`` on TensorRT, on the machine's first GPU.
+    """A ``DeviceSession`` on TensorRT, on the machine's first GPU.
 
-    One execution context for decode (S = K = 1) and one for prefill share the weights, the KV cache, which each layer
-    updates in place, and one block of activation memory, since they never run at the same time.
+    Contexts for prefill, for decode (S = K = 1; one for each context bucket, as a captured CUDA graph needs its own) and
+    for the sampler share the weights, the KV cache, which each layer updates in place, and one block of activation
+    memory, since no two of them run at the same time.
 
-    ``kernel_specialization`` (LAZY, EAGER, NONE; TensorRT-RTX alone has it): how kernels are chosen for shapes, by
-    default as the engine's manifest records it. ``weight_budget``: bytes of weights to keep on the GPU, of an engine
-    that was built to stream them; by default as many as fit. ``verify``: whether the package that a plan without
+    ``package``: fills a plan without weights, or one that takes any, instead of the package it was built from.
+    ``allocation``: "user" (one block for all, as large as the shapes in use need), "profile" or "static" (TensorRT
+    allocates for each context by itself). ``kernel_specialization`` (LAZY, EAGER, NONE; TensorRT-RTX alone has it): by
+    default as the engine's manifest records it. ``weight_budget``: weights to keep on the GPU, of an engine that was built
+    to stream them, as ``WeightBudget.parse`` reads it. ``cuda_graphs``: without, every decode step is put on the stream
+    anew. ``kernel_cache``: the folder for compiled kernels; "auto": the user's, None: none. ``trust_host_code``: loads a
+    version-compatible plan, which carries code that runs on the host. ``verify``: whether the package that a plan without
     weights is filled from is compared with its SHA-256.
 
     Raises UserError if there is no GPU or driver, if the engine's flavor is not installed or has another version, if
-    the plan does not fit the GPU, is damaged, or has no weights and its package is not found, and if the weights and
-    the cache of one sequence need more memory than is free.
+    the plan does not fit the GPU, is damaged, or has no weights and its package is not found, and, before the GPU is
+    touched, if weights and the cache of one sequence need more memory than is free.
     """
 
     def __init__(
         self,
         engine: Engine,
+        *,
+        package: Package | None = None,
+        allocation: str = "user",
         kernel_specialization: str | None = None,
-        weight_budget: int | None = None,
+        weight_budget: str | int | WeightBudget = "auto",
+        cuda_graphs: bool = True,
+        kernel_cache: str | Path | None = "auto",
+        trust_host_code: bool = False,
         verify: bool = True,
     ):
+        self._settings = Settings(
+            allocation, kernel_specialization or engine.manifest["runtime"].get("kernel_specialization")
+        )
+        budget = WeightBudget.parse(weight_budget)
+        kernel_folder = default_folder() if kernel_cache == "auto" else kernel_cache and Path(kernel_cache)
         gpu = _find_gpu(engine)
-        self._flavor = choose(engine.flavor, need="run")
-        if self._flavor.version != engine.flavor_version:
-            raise UserError(
-                f"{engine.path} was built with TensorRT {engine.flavor} {engine.flavor_version} and "
-                f"{self._flavor.version} is installed: install that version, or build the engine anew"
-            )
+        self._flavor = choose_for(engine.flavor, engine.flavor_version, engine.version_compatible, str(engine.path))
+        self._settings.check(self._flavor)
         self.spec, self.chunk = engine.spec, engine.chunk
-        self._folder, self._max_batch, self._max_seq = engine.path, engine.max_batch, engine.max_seq
-        self._capacity = engine.capacity
+        self._path, self._max_batch, self._max_seq = engine.path, engine.max_batch, engine.max_seq
+        self._capacity, self._debug_tensors = engine.capacity, engine.debug_tensors
+        free = free_bytes(gpu)
+        self._predicted = predict(engine, 1, budget, free)
+        remedy = "build it with fewer bits, --weight-streaming or a smaller --max-seq or --chunk"
+        self._predicted.require(
+            free, f"{engine.path}", f"lower --weight-budget, or {remedy}" if engine.streams else remedy
+        )
         self._logger = make_logger(self._flavor)
         self._cuda = Cuda(gpu.index)
-        self._runtime = self._engine = None
-        self._contexts: list[Any] = []
-        self._prepared: list[tuple | None] = [None, None]
-        self._slots = 0  # that memory was taken for
+        self._runtime: Any = None
+        self._engines: dict[str, Any] = {}
+        self._contexts: dict[tuple, Context] = {}
+        self._kernels: dict[str, KernelCache] = {}
+        self._layout = 0  # changes whenever memory moves that contexts were told of
         self._reserved = (0, 0)  # slots and rows of each that may be used
-        self._kv = self._activations = self._device_inputs = self._device_logits = 0
-        self._activation_bytes = 0
-        self._host_inputs = self._host_logits = None
+        self._activations, self._inputs, self._logits = _NOTHING, _NOTHING, _NOTHING
+        self._host_inputs = self._host_logits = self._loop = None
+        self._state: DecodeState | None = None
+        self._debug: dict[str, tuple[Region, tuple[int, ...]]] = {}
+        self._free_at_start, self._measured, self._streaming_scratch = 0, {}, 0
         try:
-            self._load(engine, weight_budget, verify)
-            specialization = kernel_specialization or engine.manifest.get("runtime", {}).get("kernel_specialization")
-            self._contexts = [self._make_context(profile, specialization) for profile in (_DECODE, _PREFILL)]
-            self._caches = self._find_caches()
-            self._range = self._cuda.allocate(self._capacity * 8)
-            self._cuda.upload(self._range, np.arange(self._capacity, dtype=np.int64))
-            self._cuda.synchronize()
+            self._free_at_start = self._cuda.free_bytes()
+            self._load(engine, package, budget, gpu, kernel_folder, trust_host_code, verify)
+            self._loop = DecodeLoop(self._cuda, self._decoder, self._sampler, self._bucket, cuda_graphs)
         except BaseException:
             self.close()
             raise
-        kernels = f", {specialization} kernel specialization" if self._flavor.can("kernel_specialization") else ""
+        kernels = f", {self._settings.specialization} kernel specialization" if self._settings.specialization else ""
         self.description = f"TensorRT {self._flavor.name} {self._flavor.version}, {gpu.name}{kernels}"
 
     def reserve(self, slots: int, max_seq: int) -> None:
         """See ``Session``; the cache of each slot has the rows that the engine was built for."""
-        if self._engine is None:
-            raise UserError(f"{self._folder} is closed: load it again")
+        if not self._engines:
+            raise UserError(f"{self._path} is closed: load it again")
         if slots > self._max_batch:
             raise UserError(
-                f"{self._folder} runs {self._max_batch} sequences at a time, not {slots}: ask for fewer, or "
+                f"{self._path} runs {self._max_batch} sequences at a time, not {slots}: ask for fewer, or "
                 f"build it with --max-batch {slots}"
             )
         if max_seq > self._max_seq:
             raise UserError(
-                f"{self._folder} was built for {self._max_seq} tokens, not {max_seq}: ask for fewer, or build "
+                f"{self._path} was built for {self._max_seq} tokens, not {max_seq}: ask for fewer, or build "
                 f"it with --max-seq {max_seq}"
             )
-        if slots > self._slots:
+        grows, self._reserved = slots > self._kv.slots, (0, 0)
+        if grows:
             self._free_slots()
-        self._reserved = (0, 0)
-        self._require_memory(slots, max_seq)
-        if slots > self._slots:
+        self._take_activations(slots, max_seq)
+        if grows:
             self._allocate_slots(slots)
         rows = min(self._capacity, max_seq + self.chunk)
-        self._zero_caches(slots, _context_bucket(rows, self._capacity))
+        self._kv.zero(slots, self._bucket(rows))
         self._reserved = slots, rows
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray) -> np.ndarray:
@@ -118,225 +136,265 @@ class TrtSession:
         if batch > slots or rows > self.chunk or last >= room:
             # TensorRT would drop the rows beyond the cache without a word.
             raise ValueError(f"a step of {batch} × {rows} rows up to position {last} is more than what was reserved")
-        profile = _DECODE if rows == wanted == 1 else _PREFILL
-        context = self._contexts[profile]
-        self._prepare(profile, (batch, rows, wanted, _context_bucket(last + 1, self._capacity)))
-        cuda, size = self._cuda, self._slots * self.chunk
-        for index, values in enumerate((input_ids, positions, logits_index)):
-            staged = self._host_inputs[index * size : index * size + values.size]
-            staged[:] = values.reshape(-1)
-            cuda.upload(self._device_inputs + index * size * 8, staged)
+        # Everything below is on one stream: the copies run before the step that reads them, so nobody waits in between.
+        # The pinned array may be written again only after the copies from it have run, which the wait for the logits at
+        # the end assures. A caller that did not wait would need TensorRT's set_input_consumed_event, or a second array.
+        if rows == wanted == 1:
+            context = self._decoder(batch, self._bucket(last + 1))
+            self._state.feed(input_ids, positions)
+        else:
+            context = self._prefill(batch, rows, wanted, self._bucket(last + 1))
+            places = self._input_places()
+            for name, values in zip(_INPUTS, (input_ids, positions, logits_index)):
+                offset = (places[name].address - self._inputs.address) // 8
+                staged = self._host_inputs[offset : offset + values.size]
+                staged[:] = values.reshape(-1)
+                self._cuda.upload(places[name].address, staged)
         self._logger.clear()
-        if not context.execute_async_v3(cuda.stream):
-            raise RuntimeError(f"TensorRT could not run a step: {self._logger.reason() or 'it gave no reason'}")
+        context.run()
         logits = self._host_logits[: batch * wanted * self.spec.vocab_size]
-        cuda.download(logits, self._device_logits)
-        cuda.synchronize()
+        self._cuda.download(logits, self._logits.address)
+        self._cuda.synchronize()
         return logits.reshape(batch, wanted, self.spec.vocab_size).copy()
+
+    def decode(self, slots: Sequence[Slot]) -> Iterator[np.ndarray]:
+        """See ``DeviceSession``."""
+        reserved, room = self._reserved
+        if len(slots) > reserved or any(slot.position + slot.steps > room for slot in slots):
+            raise ValueError(f"{len(slots)} slots are to decode more than what was reserved")
+        self._logger.clear()
+        return self._loop.run(self._state, slots)
+
+    def memory(self) -> MemoryUse:
+        """GPU memory by kind: as predicted for the slots that are reserved, and as measured so far."""
+        taken, gone = self._measured, max(0, self._free_at_start - self._cuda.free_bytes())
+        activations = max(0, self._activations.size - self._streaming_scratch)
+        known = [taken.get("weights", 0), self._kv.bytes_for(self._kv.slots), activations]
+        return MemoryUse(self._predicted, Footprint(*known, max(0, gone - sum(known))))
+
+    def debug_values(self) -> dict[str, np.ndarray]:
+        """What the last step computed for each of the engine's debug tensors; bfloat16 as fp32."""
+        values = {}
+        for name, (region, shape) in self._debug.items():
+            values[name] = np.empty(shape, _NUMPY[self._engines[PLAN].get_tensor_dtype(name).name])
+            self._cuda.download(values[name], region.address)
+        self._cuda.synchronize()
+        return {name: _numbers(array) for name, array in values.items()}
 
     def close(self) -> None:
         """See ``Session``."""
+        for kernels in self._kernels.values():
+            kernels.save()
         # Contexts use the stream and the memory, and each object of TensorRT the one that made it.
         self._cuda.finish()
-        self._contexts = []
-        self._engine = None
+        self._loop = None
+        self._contexts, self._kernels = {}, {}
+        self._engines = {}
         self._runtime = None
+        self._state = None
         self._cuda.close()
-        self._slots, self._reserved = 0, (0, 0)
+        self._reserved = (0, 0)
 
-    def _load(self, engine: Engine, weight_budget: int | None, verify: bool) -> None:
-        trt, streams = self._flavor.module, "WEIGHT_STREAMING" in engine.manifest["flags"]
-        size, free = _weight_bytes(engine), self._cuda.free_bytes()
-        cache = self._capacity * self.spec.kv_bytes_per_token()
-        if not streams and size + cache > free:
-            raise UserError(
-                f"{engine.path} needs about {_gb(size)} GB of GPU memory for weights and {_gb(cache)} GB for the KV "
-                f"cache of one sequence, but {_gb(free)} GB are free: build it with fewer bits, --weight-streaming or "
-                "a smaller --max-seq"
-            )
-        try:
-            self._runtime = trt.Runtime(self._logger)
-        except TypeError as error:  # how the bindings report that there is none
-            reason = self._logger.reason() or str(error)
-            raise UserError(
-                f"TensorRT {self._flavor.name} {self._flavor.version} does not start ({reason}): `llmtrt doctor` shows "
-                "driver and CUDA versions"
-            ) from None
-        if engine.plan.stat().st_size:
-            with engine.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-                self._engine = self._runtime.deserialize_cuda_engine(plan)
-                why = self._why_not(plan) if self._engine is None else ""
+    def _load(
+        self,
+        engine: Engine,
+        package: Package | None,
+        budget: WeightBudget,
+        gpu: Gpu,
+        kernel_folder: Path | None,
+        trust_host_code: bool,
+        verify: bool,
+    ) -> None:
+        flavor, logger, cuda = self._flavor, self._logger, self._cuda
+        self._runtime = make_runtime(flavor, logger, engine, trust_host_code)
+        for name in (PLAN, GREEDY, SAMPLER):
+            streams = engine.streams and name == PLAN
+            self._engines[name] = deserialize(flavor, self._runtime, engine.path / name, logger, streams)
+            key = engine.manifest["files"][name]["sha256"], flavor.version, gpu.name, gpu.compute_capability, gpu.driver
+            self._kernels[name] = KernelCache(flavor, kernel_folder, *key)
+        decoder = self._engines[PLAN]
+        if engine.stripped or package is not None:
+            refit(flavor, decoder, engine, logger, verify, package=package)
+        if engine.streams:
+            room = room_for_weights(engine, 1, cuda.free_bytes())
+            streamable = decoder.streamable_weights_size
+            decoder.weight_streaming_budget_v2 = budget.resolve(streamable, room, engine.streaming_scratch_bytes)
+            self._measured["weights"] = decoder.weight_streaming_budget_v2
+            if self._settings.allocation == "user":  # it is part of what contexts then ask of us
+                self._streaming_scratch = decoder.weight_streaming_scratch_memory_size
         else:
-            why = _WHY["MALFORMED_ENGINE"]
-        if self._engine is None:
+            cuda.synchronize()
+            self._measured["weights"] = max(0, self._free_at_start - cuda.free_bytes())
+        self._kv = KvCache(decoder, cuda)
+        if not self._kv.aliased or len(self._kv) != 2 * self.spec.layers or self._kv.capacities() != {self._capacity}:
             raise UserError(
-                f"TensorRT {self._flavor.name} {self._flavor.version} does not load {engine.plan} ({why}): build "
-                "the engine anew with `llmtrt build` for this machine"
+                f"{self._path}: the plan's KV cache is not the one that the manifest describes, updated in place: build "
+                "the engine anew with `llmtrt build`"
             )
-        if "STRIP_PLAN" in engine.manifest["flags"]:
-            refit(self._flavor, self._engine, engine, self._logger, verify)
-        if streams:
-            streamable, free = self._engine.streamable_weights_size, self._cuda.free_bytes()
-            # The automatic budget has been seen to be negative, so it is not asked.
-            fits = max(0, free - cache - free // 8)
-            self._engine.weight_streaming_budget_v2 = min(streamable, fits if weight_budget is None else weight_budget)
+        positions = np.arange(self._capacity, dtype=np.int64)
+        self._range = Region(cuda.allocate(positions.nbytes), positions.nbytes)
+        cuda.upload(self._range.address, positions)
+        cuda.synchronize()
 
-    def _why_not(self, plan: mmap.mmap) -> str:
-        """Why a plan did not load, in words; asked only then, for an engine may run where it is called unfit."""
-        reasons = []
-        if self._flavor.can("engine_validity"):
-            _, bits = self._runtime.get_engine_validity(plan)
-            members = self._flavor.module.EngineInvalidityDiagnostics.__members__
-            reasons = [_WHY.get(name, name) for name, member in members.items() if int(bits) & int(member)]
-        return " and ".join(reasons) or self._logger.reason() or "it gave no reason"
-
-    def _make_context(self, profile: int, specialization: str | None) -> Any:
-        trt, engine = self._flavor.module, self._engine
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        if self._flavor.can("runtime_config"):
-            config = engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(strategy)
-            if self._flavor.can("kernel_specialization") and specialization:
-                kinds = trt.DynamicShapesKernelSpecializationStrategy.__members__
-                if specialization not in kinds:
-                    raise UserError(f"kernel_specialization should be {', '.join(kinds)}, but is {specialization!r}")
-                config.dynamic_shapes_kernel_specialization_strategy = kinds[specialization]
-            if self._flavor.can("cuda_graphs"):
-                config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-            context = engine.create_execution_context(config)
-        else:
-            context = engine.create_execution_context(strategy)
-        if context is None or not context.set_optimization_profile_async(profile, self._cuda.stream):
-            raise UserError(
-                f"TensorRT cannot make an execution context of {self._folder}: "
-                f"{self._logger.reason() or 'it gave no reason'}"
+    def _context(self, plan: str, profile: int, *key: object) -> Context:
+        """The context of ``plan`` for ``key``, made when it is first asked for."""
+        if (plan, profile, *key) not in self._contexts:
+            self._contexts[plan, profile, *key] = Context(
+                self._flavor,
+                self._engines[plan],
+                profile,
+                self._settings,
+                self._kernels[plan],
+                self._cuda,
+                self._logger,
             )
-        self._cuda.synchronize()
+            self._kernels[plan].save()
+        return self._contexts[plan, profile, *key]
+
+    def _decoder(self, batch: int, bucket: int) -> Context:
+        """The decode context of a bucket, ready for ``batch`` slots; its inputs are those of the ``DecodeState``."""
+        return self._prepared(self._context(PLAN, _DECODE, bucket), (batch, 1, 1, bucket), self._state.places())
+
+    def _prefill(self, batch: int, rows: int, wanted: int, length: int) -> Context:
+        return self._prepared(self._context(PLAN, _PREFILL), (batch, rows, wanted, length), self._input_places())
+
+    def _sampler(self, batch: int, sampled: bool) -> Context:
+        plan = SAMPLER if sampled else GREEDY
+        context = self._context(plan, 0)
+        if context.state != (batch, self._layout):
+            self._grow_activations(self._shape_sampler(context, plan, batch))
+            context.bind(self._state.places() | {"logits": self._logits}, self._activations)
+            context.state = batch, self._layout
         return context
 
-    def _find_caches(self) -> list[tuple[str, str, tuple[int, ...], int]]:
-        """For each KV tensor the names of input and output, its shape without the batch, and its bytes per slot."""
-        engine, caches = self._engine, []
-        for index in range(engine.num_io_tensors):
-            past = engine.get_tensor_name(index)
-            if past.startswith("past_"):
-                present = past.replace("past_", "present_", 1)
-                if engine.get_aliased_input_tensor(present) != past:
-                    raise UserError(f"{self._folder}: {present} is not updated in place: build the engine anew")
-                shape = tuple(engine.get_tensor_shape(past))[1:]
-                size = int(np.prod(shape)) * engine.get_tensor_dtype(past).itemsize
-                caches.append((past, present, shape, size))
-        if len(caches) != 2 * self.spec.layers or any(shape[1] != self._capacity for _, _, shape, _ in caches):
-            raise UserError(
-                f"{self._folder}: the plan's KV cache is not the one that the manifest describes: build the "
-                "engine anew with `llmtrt build`"
-            )
-        return caches
+    def _shape_sampler(self, context: Context, plan: str, batch: int) -> int:
+        engine, shapes = self._engines[plan], {}
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            if engine.get_tensor_mode(name).name == "INPUT":
+                shape = engine.get_tensor_shape(name)
+                shapes[name] = (batch, *(self._capacity if size < 0 else size for size in tuple(shape)[1:]))
+        return self._set_shapes(context, shapes)
 
-    def _require_memory(self, slots: int, max_seq: int) -> None:
-        """UserError, before anything is allocated, if cache and activations of ``slots`` sequences do not fit; takes
-        the memory for activations."""
-        length = _context_bucket(min(self._capacity, max_seq + self.chunk), self._capacity)
+    def _set_shapes(self, context: Context, shapes: Shapes) -> int:
+        if shapes != context.shapes and self._loop is not None and self._loop.uses(context):
+            self._loop.forget()
+        return context.set_shapes(shapes)
+
+    def _prepared(self, context: Context, shapes: tuple[int, int, int, int], inputs: dict[str, Region]) -> Context:
+        """Makes ``context`` ready for a step of B, S, K, L = ``shapes``, unless it is."""
+        if context.state != (*shapes, self._layout):
+            batch, _, wanted, _ = shapes
+            self._grow_logits(batch * wanted * self.spec.vocab_size)
+            self._grow_activations(self._shape(context, shapes))
+            places = self._kv.places() | inputs | {"kv_range": self._range, "logits": self._logits}
+            context.bind(places | self._debug_places(context), self._activations)
+            context.state = (*shapes, self._layout)
+        return context
+
+    def _shape(self, context: Context, shapes: tuple[int, int, int, int]) -> int:
+        batch, rows, wanted, length = shapes
+        named = {"input_ids": (batch, rows), "positions": (batch, rows), "logits_index": (batch, wanted)}
+        return self._set_shapes(context, named | {"kv_range": (length,)} | self._kv.shapes(batch))
+
+    def _bucket(self, length: int) -> int:
+        """The rows of cache that a step sees whose last position is ``length`` − 1."""
+        bucket = _SMALLEST_CONTEXT
+        while bucket < length:
+            bucket *= 2
+        return min(bucket, self._capacity)
+
+    def _take_activations(self, slots: int, max_seq: int) -> None:
+        """Takes what ``slots`` sequences need of memory for activations; UserError, before anything is allocated, if that,
+        their KV cache and the sampler's state do not fit."""
+        length = self._bucket(min(self._capacity, max_seq + self.chunk))
         activations = max(
-            self._set_shapes(_DECODE, (slots, 1, 1, length)),
-            self._set_shapes(_PREFILL, (slots, min(self.chunk, max_seq), 1, length)),
+            self._shape(self._context(PLAN, _DECODE, length), (slots, 1, 1, length)),
+            self._shape(self._context(PLAN, _PREFILL), (slots, min(self.chunk, max_seq), 1, length)),
+            *(self._shape_sampler(self._context(plan, 0), plan, slots) for plan in (GREEDY, SAMPLER)),
         )
-        cache = sum(_aligned(slots * size) for *_, size in self._caches) if slots > self._slots else 0
-        free = self._cuda.free_bytes() + self._activation_bytes
-        if cache + activations > free:
-            raise UserError(
-                f"{slots} sequences need {_gb(cache)} GB of GPU memory for the KV cache and {_gb(activations)} GB for "
-                f"activations beside the weights, but {_gb(free)} GB are free: use a smaller max_batch, or build the "
-                "engine with a smaller --max-seq or --chunk"
-            )
+        grows = slots > self._kv.slots
+        needed = Footprint(
+            0,
+            self._kv.bytes_for(slots) if grows else 0,
+            max(0, aligned(activations) - self._activations.size),
+            state_bytes(self.spec.vocab_size, slots, self._capacity, self.chunk) if grows else 0,
+        )
+        needed.require(
+            self._cuda.free_bytes(),
+            f"generating {slots} sequences together",
+            "use a smaller max_batch, or build the engine with a smaller --max-seq or --chunk",
+            reserve=0,
+        )
+        self._predicted = Footprint(
+            self._predicted.weights,
+            max(self._predicted.kv_cache, self._kv.bytes_for(slots)),
+            max(self._predicted.activations, activations - self._streaming_scratch),
+            max(self._predicted.scratch, needed.scratch),
+        )
         self._grow_activations(activations)
 
     def _allocate_slots(self, slots: int) -> None:
-        cuda = self._cuda
-        self._kv = cuda.allocate(sum(_aligned(slots * size) for *_, size in self._caches))
-        places, offset = {"kv_range": self._range}, 0
-        for past, present, _, size in self._caches:
-            places[past] = places[present] = self._kv + offset
-            offset += _aligned(slots * size)
-        self._device_inputs = cuda.allocate(len(_INPUTS) * slots * self.chunk * 8)
-        self._host_inputs = cuda.pinned(len(_INPUTS) * slots * self.chunk, np.int64)
-        places |= {name: self._device_inputs + index * slots * self.chunk * 8 for index, name in enumerate(_INPUTS)}
-        for context in self._contexts:
-            for name, place in places.items():
-                self._set_address(context, name, place)
-        self._slots = slots
+        self._kv.allocate(slots)
+        self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._capacity)
+        size = len(_INPUTS) * aligned(slots * self.chunk * 8)
+        self._inputs = Region(self._cuda.allocate(size), size)
+        self._host_inputs = self._cuda.pinned(size // 8, np.int64)
+        self._moved()
 
-    def _zero_caches(self, slots: int, rows: int) -> None:
-        """Zeroes the first ``rows`` rows of ``slots`` slots: what nobody wrote has weight 0 in attention, and 0 times
-        what an earlier request left there may be NaN."""
-        offset = 0
-        for _, _, (heads, capacity, _), size in self._caches:
-            pitch = size // heads
-            self._cuda.zero(self._kv + offset, pitch // capacity * rows, pitch, slots * heads)
-            offset += _aligned(self._slots * size)
-
-    def _set_address(self, context: Any, name: str, address: int) -> None:
-        if not context.set_tensor_address(name, address):
-            raise RuntimeError(
-                f"TensorRT refuses the memory for {name}: {self._logger.reason() or 'it gave no reason'}"
-            )
+    def _input_places(self) -> dict[str, Region]:
+        """Where the inputs of a prefill step lie."""
+        size = self._inputs.size // len(_INPUTS)
+        return {name: Region(self._inputs.address + index * size, size) for index, name in enumerate(_INPUTS)}
 
     def _free_slots(self) -> None:
-        self._slots = 0
-        self._cuda.free(self._kv)
-        self._cuda.free(self._device_inputs)
+        self._moved()
+        self._kv.free()
+        if self._state is not None:
+            self._state.free()
+            self._state = None
+        self._cuda.free(self._inputs.address)
+        self._inputs = _NOTHING
         if self._host_inputs is not None:
             self._cuda.free_pinned(self._host_inputs)
-        self._kv = self._device_inputs = 0
-        self._host_inputs = None
-
-    def _prepare(self, profile: int, shapes: tuple[int, int, int, int]) -> None:
-        """Makes the context of ``profile`` ready for a step of B, S, K, L = ``shapes``, unless it is."""
-        if self._prepared[profile] == shapes:
-            return
-        batch, _, wanted, _ = shapes
-        count = batch * wanted * self.spec.vocab_size
-        if self._host_logits is None or count > self._host_logits.size:
-            self._grow_logits(count)
-        self._grow_activations(self._set_shapes(profile, shapes))
-        context = self._contexts[profile]
-        self._set_address(context, "logits", self._device_logits)
-        context.set_device_memory(self._activations, self._activation_bytes)
-        self._prepared[profile] = shapes
-
-    def _set_shapes(self, profile: int, shapes: tuple[int, int, int, int]) -> int:
-        """Sets the inputs' shapes and returns the bytes of activation memory that they take."""
-        batch, rows, wanted, length = shapes
-        context = self._contexts[profile]
-        self._prepared[profile] = None
-        wants = {
-            "input_ids": (batch, rows),
-            "positions": (batch, rows),
-            "logits_index": (batch, wanted),
-            "kv_range": (length,),
-        } | {past: (batch, *shape) for past, _, shape, _ in self._caches}
-        self._logger.clear()
-        for name, shape in wants.items():
-            if not context.set_input_shape(name, shape):
-                raise RuntimeError(f"TensorRT refuses the shape {shape} for {name}: {self._logger.reason()}")
-        return context.update_device_memory_size_for_shapes()
+            self._host_inputs = None
 
     def _grow_activations(self, size: int) -> None:
-        if size > self._activation_bytes:
-            self._cuda.free(self._activations)
-            self._activations = self._activation_bytes = 0
-            self._activations, self._activation_bytes = self._cuda.allocate(_aligned(size)), _aligned(size)
-            self._prepared = [None, None]  # both contexts still point to the old block
+        if size > self._activations.size:
+            self._moved()
+            self._cuda.free(self._activations.address)
+            self._activations = _NOTHING
+            self._activations = Region(self._cuda.allocate(aligned(size)), aligned(size))
 
     def _grow_logits(self, count: int) -> None:
-        self._cuda.free(self._device_logits)
-        self._device_logits = 0
+        if count * 4 <= self._logits.size:
+            return
+        self._moved()
+        self._cuda.free(self._logits.address)
+        self._logits = _NOTHING
         if self._host_logits is not None:
             self._cuda.free_pinned(self._host_logits)
             self._host_logits = None
-        self._device_logits = self._cuda.allocate(count * 4)
+        self._logits = Region(self._cuda.allocate(count * 4), count * 4)
         self._host_logits = self._cuda.pinned(count, np.float32)
-        self._prepared = [None, None]
+
+    def _debug_places(self, context: Context) -> dict[str, Region]:
+        """Fresh memory for the debug tensors in the shapes that they have now."""
+        if self._debug:
+            self._moved()
+        for region, _ in self._debug.values():
+            self._cuda.free(region.address)
+        self._debug = {}
+        for name in self._debug_tensors:
+            shape = context.shape_of(name)
+            size = int(np.prod(shape)) * self._engines[PLAN].get_tensor_dtype(name).itemsize
+            self._debug[name] = Region(self._cuda.allocate(size), size), shape
+        return {name: region for name, (region, _) in self._debug.items()}
+
+    def _moved(self) -> None:
+        """Memory that contexts and graphs were told of is about to go."""
+        self._layout += 1
+        if self._loop is not None:
+            self._loop.forget()
 
 
 def _find_gpu(engine: Engine) -> Gpu:
@@ -352,24 +410,6 @@ def _find_gpu(engine: Engine) -> Gpu:
     return gpu
 
 
-def _weight_bytes(engine: Engine) -> int:
-    """About what the weights take on the GPU: the plan's size, and the package's weights for a plan without them."""
-    size = engine.plan.stat().st_size
-    if "STRIP_PLAN" in engine.manifest["flags"] and engine.package_path is not None:
-        size += (engine.package_path / WEIGHTS).stat().st_size
-    return size
-
-
-def _context_bucket(length: int, capacity: int) -> int:
-    bucket = _SMALLEST_CONTEXT
-    while bucket < length:
-        bucket *= 2
-    return min(bucket, capacity)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f}"
+def _numbers(values: np.ndarray) -> np.ndarray:
+    """Bits of bfloat16, which numpy does not have, as fp32; anything else as it is."""
+    return (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else values

@@ -1,0 +1,131 @@
+"""Execution contexts of a plan: how they are made, where their tensors lie, and how one is run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from llmtrt.engine.flavor import Flavor
+from llmtrt.errors import UserError
+from llmtrt.runtime.cuda import Cuda, Region
+from llmtrt.runtime.kernel_cache import KernelCache
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Who allocates a context's activations, and how much: the session, what its shapes need, one block for all; TensorRT,
+# what the profile's largest shapes need; TensorRT, what the largest profile's do.
+ALLOCATIONS = {"user": "USER_MANAGED", "profile": "ON_PROFILE_CHANGE", "static": "STATIC"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``allocation``: a key of ``ALLOCATIONS``. ``specialization``: LAZY, EAGER or NONE, of a flavor that has them."""
+
+    allocation: str = "user"
+    specialization: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ALLOCATIONS:
+            raise UserError(f"allocation should be {', '.join(ALLOCATIONS)}, but is {self.allocation!r}")
+
+    def check(self, flavor: Flavor) -> None:
+        """UserError where ``flavor`` does not have what is asked for."""
+        if self.specialization is None:
+            return
+        if not flavor.can("kernel_specialization"):
+            raise UserError(f"TensorRT {flavor.name} {flavor.version} has no kernel specialization: leave it out")
+        kinds = flavor.module.DynamicShapesKernelSpecializationStrategy.__members__
+        if self.specialization not in kinds:
+            raise UserError(f"kernel_specialization should be {', '.join(kinds)}, but is {self.specialization!r}")
+
+
+class Context:
+    """One IExecutionContext of ``engine`` in one optimization profile; ``state`` is the caller's note of what it is
+    prepared for, ``shapes`` the inputs' shapes as they are set."""
+
+    def __init__(
+        self,
+        flavor: Flavor,
+        engine: Any,
+        profile: int,
+        settings: Settings,
+        kernels: KernelCache,
+        cuda: Cuda,
+        logger: Any,
+    ):
+        self._engine, self._cuda, self._logger = engine, cuda, logger
+        self._user_managed = settings.allocation == "user"
+        self._context = _make(flavor, engine, settings, kernels)
+        if self._context is None or not self._context.set_optimization_profile_async(profile, cuda.stream):
+            raise UserError(f"TensorRT cannot make an execution context: {logger.reason() or 'it gave no reason'}")
+        cuda.synchronize()
+        self.state: object = None
+        self.shapes: Shapes | None = None
+        self._needed = 0
+
+    def set_shapes(self, shapes: Shapes) -> int:
+        """Sets the inputs' shapes and returns the bytes of activation memory that ``bind`` has to be given for them."""
+        if shapes == self.shapes:
+            return self._needed
+        self.state = self.shapes = None
+        self._logger.clear()
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise RuntimeError(f"TensorRT refuses the shape {shape} for {name}: {self._logger.reason()}")
+        self._needed = self._context.update_device_memory_size_for_shapes() if self._user_managed else 0
+        self.shapes = shapes
+        return self._needed
+
+    def bind(self, places: Mapping[str, Region], activations: Region) -> None:
+        """Tells the context where each of its tensors lies, and its activations.
+
+        Raises RuntimeError if a tensor is larger than its region, and if an output would share memory with an input:
+        TensorRT may write an output before later layers have read the input. Only what the plan itself declares to be
+        one buffer, the KV cache, may be.
+        """
+        engine, context = self._engine, self._context
+        inputs, outputs = [], []
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            shape, region = tuple(context.get_tensor_shape(name)), places[name]
+            if prod(shape) * engine.get_tensor_dtype(name).itemsize > region.size:
+                raise RuntimeError(f"{name} {shape} does not fit its {region.size} bytes")
+            is_input = engine.get_tensor_mode(name).name == "INPUT"
+            (inputs if is_input else outputs).append((name, region))
+        for name, region in outputs:
+            alias = engine.get_aliased_input_tensor(name)
+            for other, place in inputs:
+                if other != alias and region.overlaps(place):
+                    raise RuntimeError(f"the output {name} would overwrite the input {other}")
+        for name, region in inputs + outputs:
+            if not context.set_tensor_address(name, region.address):
+                raise RuntimeError(
+                    f"TensorRT refuses the memory for {name}: {self._logger.reason() or 'it gave no reason'}"
+                )
+        if self._user_managed:
+            context.set_device_memory(activations.address, activations.size)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of an output for the inputs' shapes as they are set."""
+        return tuple(self._context.get_tensor_shape(name))
+
+    def run(self) -> None:
+        """Puts one execution on the stream (enqueueV3)."""
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise RuntimeError(f"TensorRT could not run a step: {self._logger.reason() or 'it gave no reason'}")
+
+
+def _make(flavor: Flavor, engine: Any, settings: Settings, kernels: KernelCache) -> Any:
+    trt = flavor.module
+    strategy = getattr(trt.ExecutionContextAllocationStrategy, ALLOCATIONS[settings.allocation])
+    if not flavor.can("runtime_config"):
+        return engine.create_execution_context(strategy)
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
+    if settings.specialization:
+        kinds = trt.DynamicShapesKernelSpecializationStrategy.__members__
+        config.dynamic_shapes_kernel_specialization_strategy = kinds[settings.specialization]
+    if flavor.can("cuda_graphs"):
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the session captures decoder and sampler as one
+    kernels.attach(config)
+    return engine.create_execution_context(config)

@@ -1,0 +1,76 @@
+"""The KV cache of a TensorRT session: one block of device memory, updated in place by every step."""
+
+from math import prod
+from typing import Any
+
+from llmtrt.runtime.cuda import Cuda, Region
+
+_ALIGNMENT = 256  # of device addresses, for TensorRT
+
+
+def aligned(size: int) -> int:
+    """``size`` rounded up to where the next tensor may start."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class KvCache:
+    """Keys and values [slots, Hkv, capacity, D] of every layer, as ``engine``'s inputs past_* and outputs present_* of the
+    same memory."""
+
+    def __init__(self, engine: Any, cuda: Cuda):
+        self._cuda = cuda
+        self.slots = 0  # that there is memory for
+        self._block = 0
+        self._tensors = []  # past_*, its shape without the batch, its bytes per slot
+        self.aliased = True  # whether the plan itself updates every one in place
+        for index in range(engine.num_io_tensors):
+            past = engine.get_tensor_name(index)
+            if past.startswith("past_"):
+                self.aliased &= engine.get_aliased_input_tensor(_present(past)) == past
+                shape = tuple(engine.get_tensor_shape(past))[1:]
+                size = prod(shape) * engine.get_tensor_dtype(past).itemsize
+                self._tensors.append((past, shape, size))
+
+    def __len__(self) -> int:
+        """The number of tensors: a key and a value for each layer."""
+        return len(self._tensors)
+
+    def capacities(self) -> set[int]:
+        """The rows of the tensors, of which there should be one number."""
+        return {shape[1] for _, shape, _ in self._tensors}
+
+    def bytes_for(self, slots: int) -> int:
+        return sum(aligned(slots * size) for *_, size in self._tensors)
+
+    def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """The inputs' shapes for the first ``batch`` slots."""
+        return {past: (batch, *shape) for past, shape, _ in self._tensors}
+
+    def allocate(self, slots: int) -> None:
+        self._block = self._cuda.allocate(self.bytes_for(slots))
+        self.slots = slots
+
+    def free(self) -> None:
+        self._cuda.free(self._block)
+        self._block = self.slots = 0
+
+    def places(self) -> dict[str, Region]:
+        """Where each input and output lies."""
+        found, offset = {}, self._block
+        for past, _, size in self._tensors:
+            found[past] = found[_present(past)] = Region(offset, self.slots * size)
+            offset += aligned(self.slots * size)
+        return found
+
+    def zero(self, slots: int, rows: int) -> None:
+        """Zeroes the first ``rows`` rows of ``slots`` slots: what nobody wrote has weight 0 in attention, and 0 times
+        what an earlier request left there may be NaN."""
+        offset = self._block
+        for _, (heads, capacity, _), size in self._tensors:
+            pitch = size // heads
+            self._cuda.zero(offset, pitch // capacity * rows, pitch, slots * heads)
+            offset += aligned(self.slots * size)
+
+
+def _present(past: str) -> str:
+    return past.replace("past_", "present_", 1)
