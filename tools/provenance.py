@@ -10,8 +10,8 @@ from datetime import date
 from pathlib import Path
 
 
-def write(name: str, results: dict, packages: tuple[str, ...]) -> None:
-    """Prints ``results`` with machine, versions and command as JSON, and keeps them as benchmarks/NAME.json."""
+def write(name: str, results: dict, packages: tuple[str, ...], quiet: bool = False) -> None:
+    """Keeps ``results`` with machine, versions and command as benchmarks/NAME.json, and prints that unless ``quiet``."""
     root = Path(__file__).parents[1]
     commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     record = {
@@ -29,7 +29,8 @@ def write(name: str, results: dict, packages: tuple[str, ...]) -> None:
         "results": results,
     }
     text = json.dumps(record, indent=1)
-    print(text)
+    if not quiet:
+        print(text)
     (root / "benchmarks").mkdir(exist_ok=True)
     (root / "benchmarks" / f"{name}.json").write_text(text + "\n")
 
