@@ -441,6 +441,9 @@ class FakeEngine:
         rows = int(np.prod(shapes["input_ids"])) * shapes["logits_index"][1]
         return 1000 * rows + self.weight_streaming_scratch_memory_size
 
+    def get_device_memory_size_for_profile_v2(self, profile):
+        return self.activations({name: high for name, (_, _, high) in self.bounds(profile).items()})
+
     @property
     def weight_streaming_scratch_memory_size(self):
         """Room for the largest weight, twice, as soon as one is streamed; contexts ask for it with their activations."""

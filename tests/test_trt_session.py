@@ -400,7 +400,7 @@ def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_pat
         (targeted.path / "engine.plan").write_bytes(content)
         truncated = open_engine(targeted.path, verify=False)
         truncated.manifest["compute_capabilities"] = []
-        with pytest.raises(UserError, match=r"does not load .*engine\.plan \(.*the plan is damaged\)"):
+        with pytest.raises(UserError, match=r"does not load .*engine\.plan \(.*the plan is damaged"):
             TrtSession(truncated)
 
 
@@ -753,17 +753,52 @@ def test_weights_are_streamed_within_a_budget(streaming, machine, reference, ask
     assert tokens(session, PROMPTS[:1], MIXED[:1]) == tokens(reference, PROMPTS[:1], MIXED[:1])
     measured = session.memory().measured  # what streaming takes is no activation, though contexts ask for both as one
     streams = kept < 500 << 20
-    assert measured.activations == aligned(CHUNK * 1000 + streams * (2 << 20)) - streams * (2 << 20)
+    rows = 3 * CHUNK * CHUNK if streams else CHUNK  # a session that streams takes what the largest shapes need
+    assert measured.activations == aligned(1000 * rows + streams * (2 << 20)) - streams * (2 << 20)
     assert measured.total == cuda.used() and (measured.scratch > 2 << 20) == streams
     session.close()
     assert not cuda.live
 
 
-def test_an_engine_that_does_not_stream_ignores_the_budget(engine, machine):
+def test_an_engine_that_does_not_stream_refuses_a_budget(engine, machine):
     cuda, trt = machine(weights=1 << 20)
-    session = TrtSession(engine, weight_budget="10%")
+    with pytest.raises(UserError, match="does not stream its weights, so it takes no --weight-budget"):
+        TrtSession(engine, weight_budget="10%")
+    session = TrtSession(engine)
     assert not trt.budgets and not trt.read_as_stream and session.memory().measured.weights == 1 << 20
     session.close()
+
+
+def test_a_budget_that_tensorrt_does_not_take_is_told(streaming, machine, monkeypatch):
+    machine(engine=streaming, weights=500 << 20)
+    refusing = property(lambda self: 0, lambda self, budget: None)
+    monkeypatch.setattr(fake_gpu.FakeEngine, "weight_streaming_budget_v2", refusing)
+    with pytest.raises(UserError, match="refuses a weight budget of 52428800 bytes"):
+        TrtSession(streaming, weight_budget="10%")
+
+
+@pytest.mark.parametrize("allocations", range(1, 5))
+def test_a_reserve_that_fails_midway_can_be_tried_again(engine, machine, reference, monkeypatch, allocations):
+    """Every place where the memory of slots may run out: cache, decode state, its tokens, inputs."""
+    cuda, _ = machine()
+    session = TrtSession(engine)
+    session.reserve(1, 20)
+    real, left = cuda._allocate, allocations
+
+    def failing(size, on_device):
+        nonlocal left
+        left -= 1
+        return (1, None) if left == 0 else real(size, on_device)
+
+    monkeypatch.setattr(cuda, "_allocate", failing)
+    with pytest.raises(UserError, match="no room"):
+        session.reserve(3, 20)
+    monkeypatch.setattr(cuda, "_allocate", real)
+    with pytest.raises(ValueError, match="more than what was reserved"):
+        session.step(np.array([[5]]), np.array([[0]]), np.array([[0]]))
+    assert tokens(session, PROMPTS, MIXED) == tokens(reference, PROMPTS, MIXED)
+    session.close()
+    assert not cuda.live
 
 
 def test_compiled_kernels_are_kept_for_the_next_start(engine, machine, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ import random_package
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt import LLM, SamplingParams, quantize  # noqa: E402
+from llmtrt.engine.flavor import choose  # noqa: E402
 from llmtrt.engine.gpu import find_gpus  # noqa: E402
 from llmtrt.engine.manifest import open_engine  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
@@ -576,7 +577,9 @@ def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     found = find_gpus()
+    flavor = choose(need="run")
     about = {"gpu": found.gpus[0].name, "driver": found.driver, "cuda": found.cuda}
+    about |= {"tensorrt": f"{flavor.name} {flavor.version}"}
     failed = []
     for stage in sys.argv[2:]:
         say("stage", stage)
@@ -590,7 +593,7 @@ def main() -> None:
             failed.append(f"{stage}: {error}")
             continue
         results = {"machine": about, "stage_seconds": round(time.monotonic() - began, 1), **results}
-        provenance.write(f"gpu-{stage}", results, ("numpy", "onnxruntime", "onnx-ir"), quiet=True)
+        provenance.write(f"gpu-{stage}", results, ("numpy", "onnxruntime", "onnx-ir", "cuda-bindings"), quiet=True)
         if "OUT" in os.environ:
             shutil.copy(ROOT / "benchmarks" / f"gpu-{stage}.json", os.environ["OUT"])
     sys.exit("; ".join(failed) or 0)

@@ -13,7 +13,9 @@ from pathlib import Path
 def write(name: str, results: dict, packages: tuple[str, ...], quiet: bool = False) -> None:
     """Keeps ``results`` with machine, versions and command as benchmarks/NAME.json, and prints that unless ``quiet``."""
     root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    # with "-dirty" where the code that ran is not that commit's
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7"]
+    commit = subprocess.run(describe, capture_output=True, text=True)
     record = {
         "command": " ".join(["python", *sys.argv]),
         "date": date.today().isoformat(),

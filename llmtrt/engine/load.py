@@ -88,10 +88,11 @@ def _make_reader(flavor: Flavor, file: io.BufferedReader) -> Any:
 
 
 def _why_not(flavor: Flavor, runtime: Any, content: mmap.mmap, logger: Any) -> str:
-    """Why a plan did not load, in words; asked only then, for an engine may run where it is called unfit."""
-    reasons = []
+    """Why a plan did not load, in words; asked only then, for an engine may run where it is called unfit: so what TensorRT
+    logged when it failed is told beside that."""
+    logged, reasons = logger.reason(), []
     if flavor.can("engine_validity"):
         _, bits = runtime.get_engine_validity(content)
         members = flavor.module.EngineInvalidityDiagnostics.__members__
         reasons = [_WHY.get(name, name) for name, member in members.items() if int(bits) & int(member)]
-    return " and ".join(reasons) or logger.reason() or "it gave no reason"
+    return "; ".join(filter(None, (" and ".join(reasons), logged))) or "it gave no reason"

@@ -161,8 +161,14 @@ def _check(manifest: dict, where: Path) -> None:
     if missing := [name for name in (PLAN, GREEDY, SAMPLER) if name not in manifest["files"]]:
         raise UserError(f"{where}: 'files' should list {missing[0]}: make the engine anew with `llmtrt build`")
     texts = [manifest["flavor"].get("name"), manifest["flavor"].get("version"), *manifest["compute_capabilities"]]
+    texts += [*manifest["flags"], *manifest["debug_tensors"], manifest["runtime"].get("kernel_specialization", "")]
     if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: flavor and compute_capabilities should hold names: make the engine anew")
+        raise UserError(
+            f"{where}: flavor, compute_capabilities, flags, debug_tensors and runtime should hold names: make the "
+            "engine anew"
+        )
+    if any(flag.startswith("REFIT") for flag in manifest["flags"]) and REFIT_GRAPH not in manifest["files"]:
+        raise UserError(f"{where}: 'files' should list {REFIT_GRAPH}: make the engine anew with `llmtrt build`")
     memory = manifest["memory"]
     activations = memory.get("activations")
     sizes = [memory.get("largest_weight"), *(activations if isinstance(activations, list) else [])]

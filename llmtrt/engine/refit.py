@@ -130,9 +130,9 @@ def _takes_any(engine: Engine) -> bool:
 def _retarget(engine: Engine, structure: str, package: Package) -> bytes:
     import onnx_ir as ir
 
-    from llmtrt.graph.structure import load_graph, structure_digest, weights
+    from llmtrt.graph.structure import load_graph, read_graph, structure_digest, weights
 
-    model, given = ir.load(engine.path / REFIT_GRAPH), load_graph(package)
+    model, given = read_graph(engine.path / REFIT_GRAPH), load_graph(package)
     wanted, found, same = weights(model), weights(given), structure_digest(given) == structure
     if misfits := list(_misfits(wanted, found)) + ([] if same else list(_extras(wanted, found))):
         raise UserError(

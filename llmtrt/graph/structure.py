@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -18,10 +19,7 @@ _CONSTANT = "constant/"  # what GraphBuilder.constant names after its value; eve
 
 def load_graph(package: Package) -> ir.Model:
     """The graph of ``package``; UserError where it is not ONNX or a tensor is not in the package's own files."""
-    try:
-        model = ir.load(package.graph)
-    except Exception as error:  # noqa: BLE001 - protobuf and onnx_ir have no common base class for what a bad file makes them raise
-        raise UserError(f"{package.graph} is not a readable ONNX model ({' '.join(str(error).split())})") from None
+    model = read_graph(package.graph)
     for tensor_name, tensor in external_tensors(model):
         name = os.fspath(tensor.location)
         path = files.child(package.path, name)
@@ -36,6 +34,14 @@ def load_graph(package: Package) -> ir.Model:
                 "`llmtrt quantize`"
             )
     return model
+
+
+def read_graph(path: Path) -> ir.Model:
+    """The ONNX model in ``path``, its external data left on disk; UserError for a file that is none."""
+    try:
+        return ir.load(path)
+    except Exception as error:  # noqa: BLE001 - protobuf and onnx_ir have no common base class for what a bad file makes them raise
+        raise UserError(f"{path} is not a readable ONNX model ({' '.join(str(error).split())})") from None
 
 
 def weights(model: ir.Model) -> dict[str, ir.TensorProtocol]:

@@ -103,7 +103,13 @@ class Context:
                     f"TensorRT refuses the memory for {name}: {self._logger.reason() or 'it gave no reason'}"
                 )
         if self._user_managed:
+            self._logger.clear()
             context.set_device_memory(activations.address, activations.size)
+            if activations.size < self._needed or self._logger.reason():  # it returns nothing
+                raise RuntimeError(
+                    f"{activations.size} bytes for activations, where TensorRT asked for {self._needed}, are refused: "
+                    f"{self._logger.reason() or 'too few'}"
+                )
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of an output for the inputs' shapes as they are set."""

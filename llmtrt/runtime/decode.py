@@ -117,6 +117,10 @@ class DecodeLoop:
             self._cuda.drop_graphs()
             self._graphs = {}
 
+    def close(self) -> None:
+        """Lets go of the contexts, once the session's CUDA has destroyed the graphs."""
+        self._graphs = {}
+
     def run(self, state: DecodeState, slots: Sequence[Slot]) -> Iterator[np.ndarray]:
         """Yields the tokens, int64 [B], of each step, as many as the longest of ``slots`` has.
 

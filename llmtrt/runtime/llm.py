@@ -157,8 +157,8 @@ class LLM:
         ids = self._checked(token_ids, self.max_seq)
         turn = self._next_turn()
         for part in loop.logits_of(self._session, ids, max(1, _LOGITS_BYTES // (4 * self.spec.vocab_size))):
-            self._in_turn(turn)
             yield part
+            self._in_turn(turn)  # before the next step writes to the cache
 
     def memory(self) -> MemoryUse | None:
         """GPU memory by kind, predicted and measured, on TensorRT; None on ONNX Runtime, whose memory is the process's."""

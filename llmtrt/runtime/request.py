@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llmtrt.errors import UserError
 from llmtrt.package import ModelSpec
 from llmtrt.runtime.detokenize import Detokenizer, TextStream
 from llmtrt.runtime.params import SamplingParams
-from llmtrt.runtime.sampling import NOT_NUMBERS, Sampler, TokenLogprob
+from llmtrt.runtime.sampling import Sampler, TokenLogprob
 from llmtrt.runtime.session import Slot
 from llmtrt.runtime.tokenizer import Tokenizer
 
@@ -111,8 +110,6 @@ class Request:
 
     def take(self, token: int) -> Piece:
         """Takes the next token as the device chose it; UserError for −1, its word for logits that are not numbers."""
-        if token < 0:
-            raise UserError(NOT_NUMBERS)
         self._sampler.take(token)
         return self._push(token)
 

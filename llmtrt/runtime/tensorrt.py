@@ -68,6 +68,11 @@ class TrtSession:
             allocation, kernel_specialization or engine.manifest["runtime"].get("kernel_specialization")
         )
         budget = WeightBudget.parse(weight_budget)
+        if not engine.streams and budget != WeightBudget():
+            raise UserError(
+                f"{engine.path} does not stream its weights, so it takes no --weight-budget: leave it out, or build it with "
+                "--weight-streaming"
+            )
         kernel_folder = default_folder() if kernel_cache == "auto" else kernel_cache and Path(kernel_cache)
         gpu = _find_gpu(engine)
         self._flavor = choose_for(engine.flavor, engine.flavor_version, engine.version_compatible, str(engine.path))
@@ -183,17 +188,21 @@ class TrtSession:
 
     def close(self) -> None:
         """See ``Session``."""
-        for kernels in self._kernels.values():
-            kernels.save()
-        # Contexts use the stream and the memory, and each object of TensorRT the one that made it.
-        self._cuda.finish()
-        self._loop = None
-        self._contexts, self._kernels = {}, {}
-        self._engines = {}
-        self._runtime = None
-        self._state = None
-        self._cuda.close()
-        self._reserved = (0, 0)
+        try:
+            for kernels in self._kernels.values():
+                kernels.save()
+        finally:
+            # Contexts use the stream and the memory, and each object of TensorRT the one that made it.
+            self._cuda.finish()
+            if self._loop is not None:
+                self._loop.close()  # a generator that nobody finished still holds it
+            self._loop = None
+            self._contexts, self._kernels = {}, {}
+            self._engines = {}
+            self._runtime = None
+            self._state = None
+            self._cuda.close()
+            self._reserved = (0, 0)
 
     def _load(
         self,
@@ -218,8 +227,15 @@ class TrtSession:
         if engine.streams:
             room = room_for_weights(engine, 1, cuda.free_bytes())
             streamable = decoder.streamable_weights_size
-            decoder.weight_streaming_budget_v2 = budget.resolve(streamable, room, engine.streaming_scratch_bytes)
-            self._measured["weights"] = decoder.weight_streaming_budget_v2
+            wanted = budget.resolve(streamable, room, engine.streaming_scratch_bytes)
+            logger.clear()
+            decoder.weight_streaming_budget_v2 = wanted
+            if decoder.weight_streaming_budget_v2 != wanted:  # the setter drops TensorRT's answer
+                raise UserError(
+                    f"TensorRT refuses a weight budget of {wanted} bytes for {self._path} "
+                    f"({logger.reason() or 'it gave no reason'}): ask for another --weight-budget"
+                )
+            self._measured["weights"] = wanted
             if self._settings.allocation == "user":  # it is part of what contexts then ask of us
                 self._streaming_scratch = decoder.weight_streaming_scratch_memory_size
         else:
@@ -312,6 +328,11 @@ class TrtSession:
             self._shape(self._context(PLAN, _PREFILL), (slots, min(self.chunk, max_seq), 1, length)),
             *(self._shape_sampler(self._context(plan, 0), plan, slots) for plan in (GREEDY, SAMPLER)),
         )
+        if self._streaming_scratch:
+            # What the shapes ask for was not enough once: at the 8B shape, K = 256 gave NaN. TensorRT documents the
+            # profile's own size as the least that set_device_memory takes.
+            decoder = self._engines[PLAN]
+            activations = max(activations, *map(decoder.get_device_memory_size_for_profile_v2, (_DECODE, _PREFILL)))
         grows = slots > self._kv.slots
         needed = Footprint(
             0,
@@ -334,11 +355,15 @@ class TrtSession:
         self._grow_activations(activations)
 
     def _allocate_slots(self, slots: int) -> None:
-        self._kv.allocate(slots)
-        self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._capacity)
-        size = len(_INPUTS) * aligned(slots * self.chunk * 8)
-        self._inputs = Region(self._cuda.allocate(size), size)
-        self._host_inputs = self._cuda.pinned(size // 8, np.int64)
+        try:
+            self._kv.allocate(slots)
+            self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._capacity)
+            size = len(_INPUTS) * aligned(slots * self.chunk * 8)
+            self._inputs = Region(self._cuda.allocate(size), size)
+            self._host_inputs = self._cuda.pinned(size // 8, np.int64)
+        except BaseException:
+            self._free_slots()
+            raise
         self._moved()
 
     def _input_places(self) -> dict[str, Region]:
@@ -374,8 +399,8 @@ class TrtSession:
         if self._host_logits is not None:
             self._cuda.free_pinned(self._host_logits)
             self._host_logits = None
-        self._logits = Region(self._cuda.allocate(count * 4), count * 4)
         self._host_logits = self._cuda.pinned(count, np.float32)
+        self._logits = Region(self._cuda.allocate(count * 4), count * 4)
 
     def _debug_places(self, context: Context) -> dict[str, Region]:
         """Fresh memory for the debug tensors in the shapes that they have now."""
