@@ -9,6 +9,7 @@ from llmtrt.errors import UserError
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER, CONFIG, TEMPLATE)
 _TEMPLATE_JSON = "chat_template.json"
 READ = (TOKENIZER, CONFIG, TEMPLATE, _TEMPLATE_JSON)
 _OTHERS = ("tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "tekken.json", CONFIG)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from llmtrt.cli.model_options import add_trust
+
 if TYPE_CHECKING:
     from llmtrt.evaluate.debug import Comparison, Difference
     from llmtrt.package import Package
@@ -40,9 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--flavor", metavar="NAME", help="for a package: the TensorRT to build with (default auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="ONNX Runtime's threads (default: one a core)")
-    parser.add_argument(
-        "--trust-host-code", action="store_true", help="load a version-compatible engine, which runs code on the host"
-    )
+    add_trust(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256")
     parser.add_argument("--all", action="store_true", help="print a line for every tensor")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON")

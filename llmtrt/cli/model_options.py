@@ -38,7 +38,11 @@ def add_model(parser: argparse.ArgumentParser, accuracy_level: int = 4) -> None:
         choices=("user", "profile", "static"),
         help="who allocates activations: one block of ours (default), or TensorRT for each profile or once",
     )
-    engine.add_argument(
+    add_trust(engine)
+
+
+def add_trust(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--trust-host-code", action="store_true", help="load a version-compatible engine, which runs code on the host"
     )
 

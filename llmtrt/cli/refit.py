@@ -5,16 +5,14 @@ The package is the engine's own, or, where the engine was built with --refit any
 
 import argparse
 
+from llmtrt.cli.model_options import add_trust
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("engine", metavar="ENGINE")
     parser.add_argument("--package", required=True, metavar="PACKAGE", help="where the weights come from")
     parser.add_argument("-o", "--output", required=True, metavar="NEW_ENGINE", help="the folder to make")
-    parser.add_argument(
-        "--trust-host-code",
-        action="store_true",
-        help="allow the code that a version-compatible engine runs on the host",
-    )
+    add_trust(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare the files with their SHA-256")
     parser.add_argument("--json", action="store_true", help="print what was made as JSON")
 

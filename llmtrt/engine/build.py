@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtrt import files
+from llmtrt.checkpoints.tokenizer_files import FILES as TOKENIZER_FILES
 from llmtrt.engine.flavor import Flavor, choose
 from llmtrt.engine.gpu import find_gpus
 from llmtrt.engine.manifest import ENGINE, GREEDY, PLAN, REFIT_GRAPH, SAMPLER, Engine, open_engine
@@ -25,7 +26,6 @@ from llmtrt.progress import Report, silent
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _OF_THE_SAMPLER = ("VERSION_COMPATIBLE",)  # it has no weights to strip, refit or stream
 
 
@@ -111,7 +111,7 @@ def build(
     with files.staged_folder(output) as folder:
         made = _build_decoder(trt, package, options, folder, report)
         _build_samplers(trt, package, options, folder)
-        for name in _TOKENIZER:
+        for name in TOKENIZER_FILES:
             if name in package.manifest["files"]:
                 shutil.copyfile(package.path / name, folder / name)
         _write_manifest(folder, output, trt, package, options, made)

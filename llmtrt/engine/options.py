@@ -1,6 +1,6 @@
 """What a build was asked for, checked against the flavor before anything long starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtrt.engine.flavor import Flavor
@@ -54,23 +54,15 @@ class BuildOptions:
             if getattr(self, name) is not None:
                 _size(name, getattr(self, name), 1 << 50)
         _check_specialization(flavor, self.kernel_specialization)
-        return BuildOptions(
-            max_batch,
-            max_seq,
-            chunk,
-            _size("opt_batch", self.opt_batch, max_batch),
-            _size("opt_context", context, max_seq),
-            _targets(flavor, self.compute_capabilities),
-            self.weight_streaming,
-            self.strip,
-            self.refit,
-            self.version_compatible,
-            self.kernel_specialization,
-            self.workspace,
-            self.tactic_shared_memory,
-            self.timing_cache,
-            tuple(self.debug_tensors),
-            _flags(flavor, self),
+        return replace(
+            self,
+            max_batch=max_batch,
+            max_seq=max_seq,
+            chunk=chunk,
+            opt_batch=_size("opt_batch", self.opt_batch, max_batch),
+            opt_context=_size("opt_context", context, max_seq),
+            compute_capabilities=_targets(flavor, self.compute_capabilities),
+            flags=_flags(flavor, self),
         )
 
 

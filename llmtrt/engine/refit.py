@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtrt import files
-from llmtrt.checkpoints.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER
+from llmtrt.checkpoints.tokenizer_files import FILES as TOKENIZER_FILES
 from llmtrt.engine.flavor import Flavor, choose
 from llmtrt.engine.gpu import find_gpus
 from llmtrt.engine.load import deserialize, make_runtime
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _ANY = "REFIT_INDIVIDUAL"  # the flag of --refit any
-_TOKENIZER = (TOKENIZER, CONFIG, TEMPLATE)
 
 
 def refit(
@@ -209,9 +208,9 @@ def _write_plan(flavor: Flavor, deserialized: Any, engine: Engine, plan: Path, l
 
 def _copy_others(engine: Engine, package: Package, folder: Path) -> None:
     """The files beside plan and graph: the tokenizer is the package's, all of it, where that has one."""
-    tokenizer = [name for name in _TOKENIZER if name in package.manifest["files"]]
+    tokenizer = [name for name in TOKENIZER_FILES if name in package.manifest["files"]]
     for name in engine.manifest["files"]:
-        if name not in (PLAN, REFIT_GRAPH) and not (tokenizer and name in _TOKENIZER):
+        if name not in (PLAN, REFIT_GRAPH) and not (tokenizer and name in TOKENIZER_FILES):
             shutil.copyfile(files.child(engine.path, name), folder / name)
     for name in tokenizer:
         shutil.copyfile(package.path / name, folder / name)

@@ -21,15 +21,15 @@ class DecodeState:
     """What a decode step reads and writes beside weights and KV cache, on the device, for up to ``slots`` slots."""
 
     def __init__(self, cuda: Cuda, slots: int, vocab_size: int, capacity: int):
-        self._cuda, self.slots, self._vocab_size, self._capacity = cuda, slots, vocab_size, capacity
+        self._cuda, self._vocab_size, self._capacity = cuda, vocab_size, capacity
         sizes = dict.fromkeys((*_NOW, *_NEXT, *_FIXED), 8 * slots)
         sizes |= dict.fromkeys(_PARAMS, 4 * slots)
         sizes |= {"noise": 4 * slots * capacity, "seen": slots * vocab_size, "next_seen": slots * vocab_size}
-        self._offsets, self.size = {}, 0
+        self._block = cuda.allocate(sum(map(aligned, sizes.values())))
+        self._places, address = {}, self._block
         for name, size in sizes.items():
-            self._offsets[name] = self.size
-            self.size += aligned(size)
-        self._sizes, self._block = sizes, cuda.allocate(self.size)
+            self._places[name] = Region(address, size)
+            address += aligned(size)
         self._tokens = [cuda.pinned(slots, np.int64) for _ in range(2)]
 
     def free(self) -> None:
@@ -38,7 +38,8 @@ class DecodeState:
             self._cuda.free_pinned(array)
 
     def places(self) -> dict[str, Region]:
-        return {name: Region(self._block + offset, self._sizes[name]) for name, offset in self._offsets.items()}
+        """Where each of them lies, by the names of the decoder's and the samplers' tensors."""
+        return self._places
 
     def feed(self, input_ids: np.ndarray, positions: np.ndarray) -> None:
         """The inputs of one decode step whose tokens the host chose, [B, 1] each."""
@@ -69,7 +70,7 @@ class DecodeState:
 
     def advance(self, batch: int, sampled: bool) -> None:
         """Makes the sampler's outputs the next step's inputs; the last of a captured step."""
-        places, count = self.places(), len(_NOW) if sampled else 2
+        places, count = self._places, len(_NOW) if sampled else 2
         start, end = places[_NEXT[0]], places[_NEXT[count - 1]]
         self._cuda.copy(places[_NOW[0]], Region(start.address, end.address + end.size - start.address))
         if sampled:
@@ -78,12 +79,12 @@ class DecodeState:
     def fetch(self, turn: int, batch: int) -> np.ndarray:
         """Puts the copy of the last step's tokens to the host on the stream; they may be read once it has run."""
         tokens = self._tokens[turn % 2][:batch]
-        self._cuda.download(tokens, self.places()["tokens"].address)
+        self._cuda.download(tokens, self._places["tokens"].address)
         return tokens
 
     def _put(self, name: str, array: np.ndarray) -> None:
         # CUDA has read pageable memory when the call returns, so the array may go.
-        self._cuda.upload(self.places()[name].address, np.ascontiguousarray(array))
+        self._cuda.upload(self._places[name].address, np.ascontiguousarray(array))
 
 
 class DecodeLoop:
@@ -127,10 +128,8 @@ class DecodeLoop:
         Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs, so that
         what was computed past a stop is discarded when the generator is closed. −1: the logits were not numbers.
         """
-        batch, sampled = (
-            len(slots),
-            any(not slot.params.greedy or slot.params.repetition_penalty != 1 for slot in slots),
-        )
+        batch = len(slots)
+        sampled = any(not slot.params.greedy or slot.params.repetition_penalty != 1 for slot in slots)
         state.start(slots, sampled)
         before = None
         for turn in range(max(slot.steps for slot in slots)):
