@@ -723,7 +723,7 @@ def streaming(engine):
 def beside(engine):
     """What one sequence takes beside weights, from the parts."""
     state = 6 * 97 + 4 * engine.capacity + 24 * CHUNK + 8 * engine.capacity
-    activations = max(engine.manifest["memory"]["activations"]) // 3
+    activations = max(engine.manifest["memory"]["activations"])  # those of the largest shapes: it streams
     return engine.capacity * engine.spec.kv_bytes_per_token() + activations + state
 
 
@@ -758,6 +758,24 @@ def test_weights_are_streamed_within_a_budget(streaming, machine, reference, ask
     assert measured.total == cuda.used() and (measured.scratch > 2 << 20) == streams
     session.close()
     assert not cuda.live
+
+
+def test_the_activations_of_a_session_that_streams_never_move(streaming, machine, reference):
+    machine(engine=streaming, weights=500 << 20)
+    session = TrtSession(streaming, weight_budget="50%")
+    places = set()
+    for prompts, params in ((PROMPTS[:1], MIXED[:1]), (PROMPTS, MIXED), (PROMPTS[:1], ASKED["greedy"][:1])):
+        assert tokens(session, prompts, params) == tokens(reference, prompts, params)
+        places.add(session._activations)
+    session.step(np.zeros((1, CHUNK), np.int64), np.arange(CHUNK)[None], np.arange(CHUNK)[None])
+    assert places == {session._activations}
+    session.close()
+
+
+def test_a_session_that_streams_refuses_an_allocation_by_profile(streaming, machine):
+    machine(engine=streaming, weights=500 << 20)
+    with pytest.raises(UserError, match="computes wrong values.*use --allocation user or static"):
+        TrtSession(streaming, allocation="profile")
 
 
 def test_an_engine_that_does_not_stream_refuses_a_budget(engine, machine):

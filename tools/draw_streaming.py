@@ -18,11 +18,11 @@ def main() -> None:
     output = Path(sys.argv[2]) if len(sys.argv) > 2 else source.with_suffix(".svg")
     results = json.loads(source.read_text())["results"]
     curve, copy = results["curve"], results["pinned_copy_gb_s"]
-    streamed = [point for point in curve if point["streamed_bytes"]]
+    streamed = [point for point in curve if point["streamed_bytes_per_token"]]
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     percent, rate = zip(*((point["percent"], point["tokens_per_s"]) for point in curve))
     axes.plot(percent, rate, "o-", label="measured")
-    line = [(point["percent"], copy * 1e9 / point["streamed_bytes"]) for point in streamed]
+    line = [(point["percent"], copy * 1e9 / point["streamed_bytes_per_token"]) for point in streamed]
     axes.plot(*zip(*line), "--", label=f"PCIe: a plain pinned copy, {copy:.1f} GB/s")
     for point in streamed:
         label = f"{point['pcie_gb_s']:.1f} GB/s"

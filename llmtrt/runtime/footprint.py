@@ -80,7 +80,7 @@ def _beside_weights(engine: Engine, slots: int) -> tuple[int, int, int]:
     spec = engine.spec
     return (
         slots * engine.capacity * spec.kv_bytes_per_token(),
-        engine.activation_bytes(slots) or 0,
+        engine.activation_bytes(engine.max_batch if engine.streams else slots) or 0,
         state_bytes(spec.vocab_size, slots, engine.capacity, engine.chunk),
     )
 

@@ -73,6 +73,12 @@ class TrtSession:
                 f"{engine.path} does not stream its weights, so it takes no --weight-budget: leave it out, or build it with "
                 "--weight-streaming"
             )
+        if engine.streams and allocation == "profile":
+            # TensorRT-RTX 1.6.1: NaN, or the failed check "weight_streaming.cpp: reservoir_.base != 0".
+            raise UserError(
+                f"{engine.path} streams its weights, with which TensorRT computes wrong values where it allocates for each "
+                "profile by itself: use --allocation user or static"
+            )
         kernel_folder = default_folder() if kernel_cache == "auto" else kernel_cache and Path(kernel_cache)
         gpu = _find_gpu(engine)
         self._flavor = choose_for(engine.flavor, engine.flavor_version, engine.version_compatible, str(engine.path))
@@ -326,11 +332,14 @@ class TrtSession:
         activations = max(
             self._shape(self._context(PLAN, _DECODE, length), (slots, 1, 1, length)),
             self._shape(self._context(PLAN, _PREFILL), (slots, min(self.chunk, max_seq), 1, length)),
-            *(self._shape_sampler(self._context(plan, 0), plan, slots) for plan in (GREEDY, SAMPLER)),
+            *(
+                self._shape_sampler(self._context(plan, 0), plan, self._max_batch if self._streaming_scratch else slots)
+                for plan in (GREEDY, SAMPLER)
+            ),
         )
         if self._streaming_scratch:
-            # What the shapes ask for was not enough once: at the 8B shape, K = 256 gave NaN. TensorRT documents the
-            # profile's own size as the least that set_device_memory takes.
+            # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
+            # at the 8B shape with half the weights streamed (TensorRT-RTX 1.6.1).
             decoder = self._engines[PLAN]
             activations = max(activations, *map(decoder.get_device_memory_size_for_profile_v2, (_DECODE, _PREFILL)))
         grows = slots > self._kv.slots
