@@ -400,8 +400,23 @@ def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_pat
         (targeted.path / "engine.plan").write_bytes(content)
         truncated = open_engine(targeted.path, verify=False)
         truncated.manifest["compute_capabilities"] = []
-        with pytest.raises(UserError, match=r"does not load .*engine\.plan \(.*the plan is damaged"):
+        with pytest.raises(
+            UserError, match=r"does not load .*engine\.plan \(the plan is damaged.*build the engine anew"
+        ):
             TrtSession(truncated)
+
+
+def test_a_plan_that_the_gpu_has_no_room_for_is_not_called_unfit(engine, machine, monkeypatch):
+    """As TensorRT-RTX 1.6.1 said on an H100, where it calls every plan unfit for the compute capability."""
+    _, trt = machine()
+    said = "[defaultAllocator.cpp::allocateAsync::48] Error Code 1: Cuda Runtime (cudaError 2: out of memory)"
+
+    def deserialize(self, plan):
+        self.logger.log(1, said)
+
+    monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", deserialize)
+    with pytest.raises(UserError, match=r"engine\.plan \([^;]*out of memory\)+: close other programs on the GPU"):
+        TrtSession(engine)
 
 
 def test_missing_cuda_bindings_name_the_command(engine, machine, monkeypatch):

@@ -2,8 +2,8 @@
 
 python tools/measure_gpu.py FOLDER STAGE…     # FOLDER keeps packages and engines between calls
 
-smollm2    CHECKPOINT and TEXT from $SMOLLM2 and $WIKITEXT: agreement with ONNX Runtime, greedy tokens, variants
-build      the 8B shape with random weights: whole, streaming, stripped for identical and for any refit
+build      the 8B shape with random weights, and the checkpoint $SMOLLM2: whole, streaming, stripped for either refit
+smollm2    its engine on the text $WIKITEXT: agreement with ONNX Runtime, greedy tokens, variants
 variants   the 8B engines against each other, bit by bit; plan sizes and refit times
 speed      8B: tokens/s, the loop against bare execute_async_v3, kernels, gaps and host; memory by allocation strategy
 streaming  8B: tokens/s against weight budget beside a pinned copy, and with 4 GB of GPU memory free
@@ -87,28 +87,32 @@ print(json.dumps([name, round(built.seconds, 1), round(built.peak_host_bytes / 1
 """
 
 
-def build_variants(package: Path, folder: Path, chosen: dict[str, dict], options: dict) -> dict:
-    """Builds them all at once, each in a process of its own: TensorRT holds Python's lock while it compiles."""
-    running = [
-        subprocess.Popen(
+def build_all(packages: dict[str, tuple[Path, Path, dict, list[str]]]) -> dict:
+    """Builds the variants of ``packages``, name → (package, folder of engines, options, variants), all at once, each in a
+    process of its own: TensorRT holds Python's lock while it compiles."""
+    running = {
+        (model, name): subprocess.Popen(
             [sys.executable, "-c", _BUILD]
-            + [json.dumps([name, str(package), str(engine_folder(folder, name)), options | more])],
+            + [json.dumps([name, str(package), str(engine_folder(folder, name)), options | VARIANTS[name]])],
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for name, more in chosen.items()
-    ]
-    done = [json.loads(one.communicate()[0].splitlines()[-1]) for one in running]
-    found = {
-        name: {
+        for model, (package, folder, options, names) in packages.items()
+        for name in names
+    }
+    found: dict[str, dict] = {model: {} for model in packages}
+    for (model, name), process in running.items():
+        _, seconds, peak = json.loads(process.communicate()[0].splitlines()[-1])
+        plan = engine_folder(packages[model][1], name) / "engine.plan"
+        found[model][name] = {
             "seconds_with_others_at_once": seconds,
             "peak_host_gb": peak,
-            "plan_mb": round((engine_folder(folder, name) / "engine.plan").stat().st_size / 1e6, 1),
+            "plan_mb": round(plan.stat().st_size / 1e6, 1),
         }
-        for name, seconds, peak in done
-    }
-    say(found)
+    for model, (package, *_) in packages.items():
+        found[model]["package_mb"] = round((package / "model.onnx.data").stat().st_size / 1e6, 1)
+        say(model, found[model])
     return found
 
 
@@ -143,20 +147,26 @@ def compare_variants(folder: Path, ids: list[int], names: tuple[str, ...]) -> di
     return found
 
 
+def build_both(folder: Path) -> dict:
+    package = random_package.write(folder / "package", "8b")
+    of_8b = [name for name in VARIANTS if name != "all together"]
+    packages = {"8b": (package.path, folder, {}, of_8b)}
+    if "SMOLLM2" in os.environ:
+        smol = folder / "smollm2"
+        quantize(os.environ["SMOLLM2"], smol / "package", "int4-g64")
+        packages["smollm2"] = (smol / "package", smol, {"max_batch": 8}, list(VARIANTS))
+    say("packages")
+    return build_all(packages)
+
+
 # --- SmolLM2 -------------------------------------------------------------------------------------------------------
 
 
 def smollm2(folder: Path) -> dict:
     text, folder = Path(os.environ["WIKITEXT"]).read_text(), folder / "smollm2"
-    package = quantize(os.environ["SMOLLM2"], folder / "package", "int4-g64").package
-    results: dict = {
-        "recipe": "int4-g64",
-        "package_mb": round((package.path / "model.onnx.data").stat().st_size / 1e6, 1),
-    }
-    results["build"] = build_variants(package.path, folder, VARIANTS, {"max_batch": 8})
     gpu, seconds = load(engine_folder(folder, "whole"))
-    cpu = LLM(package.path, accuracy_level=1, verify=False)
-    results |= {"load_seconds": round(seconds, 2), "runtimes": [gpu.runtime, cpu.runtime]}
+    cpu = LLM(folder / "package", accuracy_level=1, verify=False)
+    results: dict = {"recipe": "int4-g64", "load_seconds": round(seconds, 2), "runtimes": [gpu.runtime, cpu.runtime]}
     ids = gpu.encode(text, special=False)[:TOKENS]
     half = TOKENS // 2
     both = [np.concatenate([llm.logits(ids[:half]), llm.logits(ids[half:])]) for llm in (gpu, cpu)]
@@ -222,14 +232,6 @@ def smollm2(folder: Path) -> dict:
 
 
 # --- the 8B shape --------------------------------------------------------------------------------------------------
-
-
-def build_8b(folder: Path) -> dict:
-    package = random_package.write(folder / "package", "8b")
-    say("package")
-    chosen = {name: options for name, options in VARIANTS.items() if name != "all together"}
-    found = build_variants(package.path, folder, chosen, {})
-    return found | {"weights_mb": round((package.path / "model.onnx.data").stat().st_size / 1e6, 1)}
 
 
 def ids_8b() -> list[int]:
@@ -405,7 +407,9 @@ def copied_bytes(llm: LLM, ids: list[int], steps: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         watched.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    copies = [event["args"]["bytes"] for event in events if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]]
+    copies = [
+        event["args"]["bytes"] for event in events if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]
+    ]
     return sum(size for size in copies if size > 1 << 20) // steps  # inputs are smaller, and a layer's weights larger
 
 
@@ -586,8 +590,8 @@ def failures(folder: Path) -> dict:
 
 
 STAGES = {
+    "build": build_both,
     "smollm2": smollm2,
-    "build": build_8b,
     "variants": variants,
     "speed": speed,
     "streaming": streaming,

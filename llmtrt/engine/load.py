@@ -11,6 +11,7 @@ from llmtrt.engine.manifest import Engine
 from llmtrt.errors import UserError
 
 _PIECE = 64 << 20  # bytes
+_OUT_OF_MEMORY = "out of memory"  # in CUDA's own words, as TensorRT logs them
 _WHY = {
     "VERSION_MISMATCH": "it was built by another TensorRT version",
     "UNSUPPORTED_CC": "it was not built for this GPU's compute capability",
@@ -63,10 +64,10 @@ def deserialize(flavor: Flavor, runtime: Any, plan: Path, logger: Any, streams: 
             engine = runtime.deserialize_cuda_engine(_make_reader(flavor, file) if streams else content)
             why = _why_not(flavor, runtime, content, logger) if engine is None else ""
     if engine is None:
-        raise UserError(
-            f"TensorRT {flavor.name} {flavor.version} does not load {plan} ({why}): build the engine anew with "
-            "`llmtrt build` for this machine"
-        )
+        remedy = "build the engine anew with `llmtrt build` for this machine"
+        if _OUT_OF_MEMORY in why:
+            remedy = "close other programs on the GPU, or build it with fewer bits or --weight-streaming"
+        raise UserError(f"TensorRT {flavor.name} {flavor.version} does not load {plan} ({why}): {remedy}")
     return engine
 
 
@@ -88,11 +89,17 @@ def _make_reader(flavor: Flavor, file: io.BufferedReader) -> Any:
 
 
 def _why_not(flavor: Flavor, runtime: Any, content: mmap.mmap, logger: Any) -> str:
-    """Why a plan did not load, in words; asked only then, for an engine may run where it is called unfit: so what TensorRT
-    logged when it failed is told beside that."""
-    logged, reasons = logger.reason(), []
+    """Why a plan did not load, in words; asked only then, for an engine may run where it is called unfit.
+
+    On a GPU that TensorRT-RTX does not list, every plan is called unfit for its compute capability, so that counts only
+    where nothing else was said.
+    """
+    logged, said = logger.reason(), []
+    if _OUT_OF_MEMORY in logged:
+        return logged
     if flavor.can("engine_validity"):
         _, bits = runtime.get_engine_validity(content)
         members = flavor.module.EngineInvalidityDiagnostics.__members__
-        reasons = [_WHY.get(name, name) for name, member in members.items() if int(bits) & int(member)]
+        said = [name for name, member in members.items() if int(bits) & int(member)]
+    reasons = [_WHY.get(name, name) for name in said if name != "UNSUPPORTED_CC" or not logged]
     return "; ".join(filter(None, (" and ".join(reasons), logged))) or "it gave no reason"
