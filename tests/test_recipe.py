@@ -9,8 +9,12 @@ from llmtrt.quantization.recipe import Recipe, names, read_recipe
 
 
 def test_every_recipe_that_comes_with_llmtrt_reads():
-    assert names() == ["fp16", "fp32", "int4", "int4-g32", "int4-g64", "int4-vocab8"]
-    assert {name: read_recipe(name).group_size for name in names() if "-g" in name} == {"int4-g32": 32, "int4-g64": 64}
+    assert names() == ["fp16", "fp32", "gptq-g64", "int4", "int4-g32", "int4-g64", "int4-vocab8"]
+    assert {name: read_recipe(name).group_size for name in names() if "-g" in name} == {
+        "gptq-g64": 64,
+        "int4-g32": 32,
+        "int4-g64": 64,
+    }
 
 
 BOMB = "a: &a [x, x]\n" + "".join(
@@ -23,6 +27,8 @@ BOMB = "a: &a [x, x]\n" + "".join(
     [
         ("group_size: 48", "group_size is 48, expected one of 16, 32"),
         ("group_size: 64.0", "group_size is 64.0"),
+        ("calibration_length: 1", "calibration_length should be an integer from 2"),
+        ("calibration_sequences: lots", "calibration_sequences should be an integer"),
         ("group_size: true", "group_size is True"),
         ("group_size: 2001-13-45", "is not valid YAML"),
         ("dtype: [float16]", "dtype is a list"),

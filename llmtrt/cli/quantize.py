@@ -13,7 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         default="int4",
         metavar="NAME|FILE",
-        help="int4 (default), int4-g64, int4-g32, int4-vocab8, fp16, fp32, or a YAML file",
+        help="int4 (default), int4-g64, int4-g32, int4-vocab8, gptq-g64, fp16, fp32, or a YAML file",
     )
     parser.add_argument(
         "--max-seq", type=int, metavar="N", help="declared capacity in tokens (default: the model's own)"
@@ -25,6 +25,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD",
         help="a field of config.json that is known to change nothing",
     )
+    parser.add_argument(
+        "--calibration",
+        default="self",
+        metavar="self|FILE",
+        help="what a gptq recipe calibrates on: text sampled from the model itself (default), a text, or a .jsonl of chats; "
+        "an interrupted run goes on where it was if it is started again",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -35,7 +42,13 @@ def run(options: argparse.Namespace) -> None:
 
     with progress.shown("quantizing") as report:
         made = quantize(
-            options.checkpoint, options.output, options.recipe, options.max_seq, options.ignore_field, report
+            options.checkpoint,
+            options.output,
+            options.recipe,
+            options.max_seq,
+            options.ignore_field,
+            options.calibration,
+            report,
         )
     if options.json:
         print(json.dumps({"package": options.output} | made.report))

@@ -7,6 +7,8 @@ import llmtrt.files as files
 from llmtrt.errors import UserError
 from llmtrt.package import PACKAGE, QUALITY
 
+_MEASURED = ("perplexity", "kl_divergence", "top1_agreement")
+
 
 def save_quality(package: Path, text: Path, result: dict, **how: object) -> None:
     """Adds ``result`` to the package's quality.json, in place of an earlier one that was measured in the same way.
@@ -18,7 +20,8 @@ def save_quality(package: Path, text: Path, result: dict, **how: object) -> None
     way = {"text": text.name, "sha256": files.digest_file(text)["sha256"], "context": result["context"]}
     way |= {"tokens": result["tokens"]} | how
     kept = [entry for entry in read_quality(package) if any(entry.get(key) != value for key, value in way.items())]
-    entry = way | {"perplexity": round(result["perplexity"], 4), "date": date.today().isoformat()}
+    measured = {name: round(result[name], 4) for name in _MEASURED if name in result}
+    entry = way | measured | {"date": date.today().isoformat()}
     with files.staged_file(package / QUALITY) as staging:
         files.write_json(staging, {"measured": [*kept, entry]})
 

@@ -1,8 +1,9 @@
 """From a checkpoint to a package."""
 
 import math
+import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import llmtrt.package as packages
@@ -14,7 +15,7 @@ from llmtrt.manifest import write_manifest
 from llmtrt.models import decoder_of
 from llmtrt.models.decoder import Decoder
 from llmtrt.progress import Report, silent
-from llmtrt.quantization.recipe import DEFAULT, Recipe, read_recipe
+from llmtrt.quantization.recipe import DEFAULT, SELF, Recipe, read_recipe
 
 # What generation_config.json may say that a SamplingParams has a place for.
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
@@ -34,13 +35,18 @@ def quantize(
     recipe: str | Path | Recipe = DEFAULT,
     max_seq: int | None = None,
     ignore_fields: Iterable[str] = (),
+    calibration: str | Path = SELF,
     report: Report = silent,
 ) -> Quantized:
     """Reads a checkpoint (Hugging Face folder or GGUF file) and writes the package ``output``, a new folder.
 
     ``recipe``: a name, a YAML file or a Recipe. ``max_seq``: the declared capacity in tokens, the model's own if None.
-    ``ignore_fields``: fields of config.json that are known to change nothing. The same inputs give the same bytes. Peak
-    memory is that of the largest tensor, whatever the number of layers. Raises UserError, with nothing left behind.
+    ``ignore_fields``: fields of config.json that are known to change nothing. ``calibration``: for a recipe that calibrates,
+    a text, a .jsonl of chats, or "self" (what the model writes, rounded to nearest). The same inputs give the same bytes on
+    one machine. Peak memory is that of the largest tensor or, with calibration, layer, whatever the number of layers.
+
+    Raises UserError, with nothing left behind but, where calibration had begun, the folder ``output``.calibration: the same
+    call goes on from there, and removes it at its end.
     """
     import onnx_ir as ir
 
@@ -55,9 +61,17 @@ def quantize(
     decoder = decoder_of(source.config, str(source.path), max_seq, ignore_fields)
     spec, generation = _spec(source, decoder, recipe), _generation(source)
     total = len(source.tensors())
+    work, solutions, calibrated = Path(f"{output}.calibration"), {}, {}
+    if recipe.calibrates:
+        from llmtrt.quantization.calibration import solve
+
+        def make_rounded(folder: Path) -> packages.Package:
+            return quantize(checkpoint, folder, replace(recipe, algorithm="rtn"), max_seq, ignore_fields).package
+
+        solutions, calibrated = solve(source, decoder, recipe, calibration, work, make_rounded, report)
     with files.staged_folder(Path(output)) as folder:
         with WeightFile(folder, packages.WEIGHTS) as file:
-            weights = CheckpointWeights(source, recipe, file, decoder.tied, on_tensor=lambda done: report(done, total))
+            weights = CheckpointWeights(source, recipe, file, decoder.tied, lambda done: report(done, total), solutions)
             model = write_decoder(decoder, weights, recipe.dtype)
             weights.finish()
         # Saved without onnx_ir's external-data option: the tensors lie where the model says already.
@@ -73,8 +87,10 @@ def quantize(
                 "source": origin,
                 "recipe": recipe.to_json(),
                 "quantization": weights.report.to_json(),
-            },
+            }
+            | calibrated,
         )
+    shutil.rmtree(work, ignore_errors=True)
     report(total, total)
     return Quantized(packages.open_package(output, verify=False), weights.report.to_json())
 

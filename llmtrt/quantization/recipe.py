@@ -1,17 +1,19 @@
 """A recipe: a short YAML file that says how a package is made. It is data; no recipe carries code."""
 
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llmtrt.errors import UserError
 
 DEFAULT = "int4"
+SELF = "self"  # calibration on what the model itself writes
 _LIMIT = 1 << 20
 _FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")  # installed, or a source tree
 
 
 _ALLOWED = {
-    "algorithm": ("rtn", "none"),
+    "algorithm": ("rtn", "gptq", "none"),
     "group_size": (16, 32, 64, 128, 256, 512),
     "dtype": ("float16", "bfloat16", "float32"),
     "embedding": ("keep", "int8", "int4"),
@@ -21,10 +23,11 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """``algorithm``: ``rtn`` (INT4 blocks, round to nearest) or ``none``. ``group_size``: weights along K that share a
-    scale, halved where it does not divide K. ``dtype``: of activations, scales, KV cache and all that is not quantized.
+    """``algorithm``: ``rtn`` (INT4 blocks, round to nearest), ``gptq`` (INT4 blocks, calibrated) or ``none``.
+    ``group_size``: weights along K that share a scale, halved where it does not divide K. ``dtype``: of activations, scales,
+    KV cache and all that is not quantized.
     ``embedding``, ``lm_head``: ``keep`` (in dtype), ``int8`` or ``int4``. ``exclude``: patterns (as in a shell) of
-    modules that are not quantized.
+    modules that are not quantized. ``calibration_sequences`` of ``calibration_length`` tokens each: what ``gptq`` sees.
 
     Raises UserError for a value that is none of those.
     """
@@ -35,6 +38,8 @@ class Recipe:
     embedding: str = "keep"
     lm_head: str = "keep"
     exclude: tuple[str, ...] = ()
+    calibration_sequences: int = 32
+    calibration_length: int = 512
 
     def __post_init__(self) -> None:
         for key, allowed in _ALLOWED.items():
@@ -43,13 +48,25 @@ class Recipe:
             if type(value) is not type(allowed[0]) or value not in allowed:
                 found = repr(value)[:40] if isinstance(value, str | int | float) else f"a {type(value).__name__}"
                 raise UserError(f"{key} is {found}, expected one of {', '.join(map(str, allowed))}")
+        for key in ("calibration_sequences", "calibration_length"):
+            value = getattr(self, key)
+            if type(value) is not int or not 2 <= value <= 1 << 20:
+                raise UserError(f"{key} should be an integer from 2 to {1 << 20}")
         exclude = self.exclude
         if not isinstance(exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in exclude):
             raise UserError("exclude should be a list of patterns of module names")
         object.__setattr__(self, "exclude", tuple(exclude))
 
     def to_json(self) -> dict:
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if self.calibrates or "calibration" not in key}
+
+    @property
+    def calibrates(self) -> bool:
+        return self.algorithm == "gptq"
+
+    def excluding(self, name: str) -> list[str]:
+        """The patterns of ``exclude`` that match the weight ``name``."""
+        return [pattern for pattern in self.exclude if fnmatchcase(name.removesuffix(".weight"), pattern)]
 
 
 def names() -> list[str]:

@@ -1,8 +1,8 @@
 """Reads a checkpoint's tensors, quantizes them as the recipe says and writes them, one at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +14,7 @@ from llmtrt.graph.weights import Int4, Int8, PackedTable, Plain
 from llmtrt.quantization.packing import pack_int4, pack_table
 from llmtrt.quantization.recipe import Recipe
 from llmtrt.quantization.rtn import choose_block, round_to_nearest
+from llmtrt.quantization.solutions import Solution
 from llmtrt.quantization.weight_file import NUMPY, WeightFile
 
 _ELEMENTS = 1 << 23  # of one chunk of rows: 32 MB in fp32
@@ -53,6 +54,7 @@ class CheckpointWeights:
         file: WeightFile,
         tied: bool,
         on_tensor: Callable[[int], None] = lambda done: None,
+        solutions: Mapping[str, Solution] = MappingProxyType({}),
     ):
         self._checkpoint, self._recipe, self._file = checkpoint, recipe, file
         self._infos = checkpoint.tensors()
@@ -65,7 +67,7 @@ class CheckpointWeights:
             for name, form in ((f"{EMBEDDING}.weight", recipe.embedding), ("lm_head.weight", recipe.lm_head))
         }
         self.head_is_table = tied and set(self._vocabulary.values()) == {"keep"}
-        self._tied, self._on_tensor = tied, on_tensor
+        self._tied, self._on_tensor, self._solutions = tied, on_tensor, solutions
         self.report = QuantizationReport()
 
     def linear(self, name: str, k: int, n: int) -> Plain | Int4 | Int8:
@@ -74,6 +76,8 @@ class CheckpointWeights:
         form, why = self._form(name, k, self._infos[source].dtype)
         if form == "int4" and self._infos[source].dtype == "int4":
             return self._stored_blocks(name, source)
+        if form == "int4" and name in self._solutions:
+            return self._solved(name)
         if form == "int4":
             return self._int4(name, source, k, n, choose_block(k, self._recipe.group_size))
         if form == "int8":
@@ -132,14 +136,14 @@ class CheckpointWeights:
             return "keep", f"excluded by the recipe's pattern {pattern!r}"
         if stored == "int4":
             return "int4", None
-        form = self._vocabulary.get(name) or ("int4" if recipe.algorithm == "rtn" else "keep")
+        form = self._vocabulary.get(name) or ("keep" if recipe.algorithm == "none" else "int4")
         if form == "int4" and choose_block(k, recipe.group_size) is None:
             return "keep", f"K = {k} is not a multiple of 16, the smallest block that both runtimes take"
         return form, None
 
     def _excluded(self, name: str) -> str | None:
         """The recipe's pattern for this matrix, or None. The first that matches counts, for all that match."""
-        patterns = [pattern for pattern in self._recipe.exclude if fnmatchcase(name.removesuffix(".weight"), pattern)]
+        patterns = self._recipe.excluding(name)
         self._matched.update(patterns)
         return patterns[0] if patterns else None
 
@@ -155,6 +159,14 @@ class CheckpointWeights:
             q[:, rows], scale[:, rows] = small.T, scales.T
         relative = _significant((error / total) ** 0.5 if total else 0.0)
         return self._blocks(name, q, scale, block, None, {"error": relative})
+
+    def _solved(self, name: str) -> Int4:
+        """What calibration chose."""
+        found = self._solutions[name]
+        k = found.q.shape[1]
+        scale = np.ascontiguousarray(found.scale.T.astype(self._dtype))
+        how = {"error": _significant(found.error)}
+        return self._blocks(name, np.ascontiguousarray(found.q.T), scale, k // len(scale), None, how)
 
     def _stored_blocks(self, name: str, source: str) -> Int4:
         stored = self._checkpoint.read_blocks(source)

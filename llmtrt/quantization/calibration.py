@@ -1,0 +1,92 @@
+"""A calibrated recipe from a checkpoint to the integers of every layer: text, layers, and what is kept between runs."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from llmtrt import files
+from llmtrt.checkpoints.checkpoint import Checkpoint
+from llmtrt.errors import UserError
+from llmtrt.models.decoder import Decoder
+from llmtrt.package import Package
+from llmtrt.progress import Report
+from llmtrt.quantization.recipe import SELF, Recipe
+from llmtrt.quantization.rtn import choose_block
+from llmtrt.quantization.solutions import Solutions
+
+_TOKENS = "tokens.npz"
+_ROUNDED = "rounded"
+
+
+def solve(
+    source: Checkpoint,
+    decoder: Decoder,
+    recipe: Recipe,
+    calibration: str | Path,
+    work: Path,
+    make_rounded: Callable[[Path], Package],
+    report: Report,
+) -> tuple[Solutions, dict]:
+    """What the weights of every layer become, and the manifest's word on how that was found.
+
+    ``work`` keeps what an interrupted run had done; ``make_rounded(folder)`` makes the package that writes the text of
+    ``calibration`` "self". Raises UserError without torch, and for a calibration text that is not as it should be.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the recipe's algorithm {recipe.algorithm} needs torch, which cannot be imported ({error}): install it with "
+            "`pip install torch`, or take a recipe that rounds to nearest"
+        ) from None
+    from llmtrt.quantization.calibrate import calibrate, choose_device
+
+    infos = source.tensors()
+
+    def block_of(name: str, k: int) -> int | None:
+        kept = infos[name].dtype == "int4" or recipe.excluding(name)
+        return None if kept else choose_block(k, recipe.group_size)
+
+    if recipe.calibration_length > decoder.max_seq:
+        raise UserError(
+            f"calibration_length is {recipe.calibration_length}, but the model takes {decoder.max_seq} tokens: lower it"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    ids, said = _tokens(source, recipe, calibration, work, make_rounded, report)
+    solutions = calibrate(source, decoder, ids, block_of, recipe.dtype, work, choose_device(), report)
+    return solutions, {"calibration": said | {"sequences": len(ids), "length": ids.shape[1]}}
+
+
+def _tokens(
+    source: Checkpoint,
+    recipe: Recipe,
+    calibration: str | Path,
+    work: Path,
+    make_rounded: Callable[[Path], Package],
+    report: Report,
+) -> tuple[np.ndarray, dict]:
+    from llmtrt.quantization.calibration_text import read_sequences, sample_sequences
+    from llmtrt.runtime.tokenizer import Tokenizer
+
+    sequences, length = recipe.calibration_sequences, recipe.calibration_length
+    if calibration != SELF:
+        path = Path(calibration)
+        if not path.is_file():
+            raise UserError(f"--calibration {calibration} is neither self nor a file: give a text or a .jsonl of chats")
+        source.write_tokenizer(work)
+        ids = read_sequences(path, Tokenizer(work), sequences, length)
+        return ids, {"text": path.name, "sha256": files.digest_file(path)["sha256"]}
+    key = json.dumps([source.digest(), recipe.to_json()])
+    if (work / _TOKENS).is_file():
+        with np.load(work / _TOKENS, allow_pickle=False) as content:
+            if str(content["key"]) == key:
+                return content["ids"], {"text": SELF}
+    shutil.rmtree(work / _ROUNDED, ignore_errors=True)
+    ids = sample_sequences(make_rounded(work / _ROUNDED), sequences, length, report)
+    shutil.rmtree(work / _ROUNDED)
+    with files.staged_file(work / _TOKENS) as staging, staging.open("wb") as file:
+        np.savez(file, key=key, ids=ids)
+    return ids, {"text": SELF}

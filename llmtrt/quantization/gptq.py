@@ -1,0 +1,44 @@
+"""GPTQ: columns are rounded one after the other, and what each rounding does wrong is made up for by the columns after it.
+
+Frantar et al. 2022, https://arxiv.org/abs/2210.17323, with columns in the order of falling importance ("act order") and
+scales that are chosen before ("static groups"), so that blocks lie in memory as they did and no input is permuted.
+"""
+
+import torch
+from torch import Tensor
+
+from llmtrt.quantization.scales import expanded, quantize
+
+_DAMPING = 0.01  # of the mean of the Hessian's diagonal
+_BATCH = 128  # columns whose updates of the rest are made together
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, block: int) -> Tensor:
+    """Integers, fp32 [N, K] with values −8 … 7, for ``weight`` [N, K] with ``scale`` [N, K / block].
+
+    ``hessian`` [K, K] is the mean of x xᵀ over the inputs x of the product.
+    """
+    k = weight.shape[1]
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    work, scales = weight[:, order], expanded(scale, block)[:, order]
+    upper = _inverse_factor(hessian[order][:, order])
+    q = torch.empty_like(work)
+    for start in range(0, k, _BATCH):
+        end = min(start + _BATCH, k)
+        part, errors, factor = work[:, start:end], [], upper[start:end, start:end]
+        for column in range(end - start):
+            at = scales[:, start + column]
+            q[:, start + column] = quantize(part[:, column], at)
+            error = (part[:, column] - at * q[:, start + column]) / factor[column, column]
+            part[:, column:] -= error[:, None] * factor[column, column:]
+            errors.append(error)
+        work[:, end:] -= torch.stack(errors, 1) @ upper[start:end, end:]
+    return q[:, order.argsort()]
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse."""
+    damped = hessian.double()
+    damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
