@@ -99,7 +99,7 @@ def test_real_weights_lose_less_than_by_rounding(stories, text, tmp_path):
             divergence[name] = found["kl_divergence"]
     assert 0 < divergence["gptq"] < 0.5 * divergence["rtn"], divergence
     assert made.package.manifest["calibration"]["text"] == "stories.txt"
-    errors = [each["error"] for each in made.report["tensors"].values() if each["form"] == "int4"]
+    errors = [each["output_error"] for each in made.report["tensors"].values() if each["form"] == "int4"]
     assert len(errors) == 5 * 7 - 5 and 0 < max(errors) < 0.5  # down_proj's K of 172 takes no block
 
 

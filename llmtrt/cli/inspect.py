@@ -41,6 +41,8 @@ def _layers(manifest: dict):
     for name, tensor in manifest.get("quantization", {}).get("tensors", {}).items():
         block = f" in blocks of {tensor['block']}" if "block" in tensor else ""
         error = f", relative error {tensor['error']}" if "error" in tensor else ""
+        if "output_error" in tensor:
+            error = f", relative error of its product {tensor['output_error']}"
         yield f"{name}  {tensor['form']}{block} {tensor['shape']}{error}"
 
 
@@ -86,6 +88,11 @@ def _quality_rows(path) -> dict[str, str]:
     return {
         f"perplexity {entry.get('perplexity')}": f"on {entry.get('text')}, {entry.get('tokens')} tokens, context "
         f"{entry.get('context')}, {entry.get('runtime')}, {entry.get('date')}"
+        + (
+            f"; KL divergence {entry['kl_divergence']} nats, top-1 agreement {100 * entry['top1_agreement']:.2f} %"
+            if "kl_divergence" in entry
+            else ""
+        )
         for entry in read_quality(path)
     }
 

@@ -23,7 +23,10 @@ _BUFFER = "rotary_emb.inv_freq"  # no parameter: older checkpoints carry it
 
 @dataclass
 class QuantizationReport:
-    """What became of each matrix: ``tensors`` name → {form, block, error}; ``kept`` name → why it was not quantized."""
+    """What became of each matrix: ``tensors`` name → {form, block, …}; ``kept`` name → why it was not quantized.
+
+    ``error`` is ‖W − Ŵ‖ / ‖W‖; ``output_error``, of a calibrated matrix, ‖(W − Ŵ) x‖ / ‖W x‖ over the calibration's x.
+    """
 
     tensors: dict[str, dict] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
@@ -165,7 +168,7 @@ class CheckpointWeights:
         found = self._solutions[name]
         k = found.q.shape[1]
         scale = np.ascontiguousarray(found.scale.T.astype(self._dtype))
-        how = {"error": _significant(found.error)}
+        how = {"output_error": _significant(found.error)}
         return self._blocks(name, np.ascontiguousarray(found.q.T), scale, k // len(scale), None, how)
 
     def _stored_blocks(self, name: str, source: str) -> Int4:
