@@ -46,12 +46,16 @@ def shown(title: str) -> Iterator[Report]:
             yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
         return
     start = last = time.monotonic()
+    first: int | None = None  # done at the start of a run that goes on from an earlier one
 
     def report(done: int, total: int, note: str = "") -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
+        first = done if first is None else first
         if now - last >= _PLAIN_SECONDS or (done == total and now - start >= _PLAIN_SECONDS):
             last = now
-            print(f"{title}: {done}/{total} ({now - start:.0f} s) {note}".rstrip(), file=sys.stderr, flush=True)
+            going = first < done < total
+            left = f", about {(now - start) * (total - done) / (done - first):.0f} s left" if going else ""
+            print(f"{title}: {done}/{total} ({now - start:.0f} s{left}) {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield report

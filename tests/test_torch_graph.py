@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtrt.checkpoints import open_checkpoint
 from llmtrt.models import decoder_of
-from llmtrt.quantization.layerwise import LayerwiseModel
+from llmtrt.quantization.torch_model import LayerwiseModel
 
 
 def layerwise(path):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt import LLM, quantize  # noqa: E402
 from llmtrt.evaluate.agreement import agreement  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
-from llmtrt.quantization import calibrate, statistics  # noqa: E402
+from llmtrt.quantization import layerwise, statistics  # noqa: E402
 from llmtrt.quantization.recipe import Recipe, read_recipe  # noqa: E402
 
 CONTEXT, TOKENS, COMPARED = 1024, 16384, 4096
@@ -35,7 +35,7 @@ VOCABULARY = {"embedding": "int8", "lm_head": "int8"}
 
 
 def without_descent() -> None:
-    calibrate.descend = lambda weight, hessian, q, scale, block, dtype: (q, scale)
+    layerwise.descend = lambda weight, hessian, q, scale, block, dtype: (q, scale)
 
 
 def with_share(share: float):

@@ -42,7 +42,7 @@ def solve(
             f"the recipe's algorithm {recipe.algorithm} needs torch, which cannot be imported ({error}): install it with "
             "`pip install torch`, or take a recipe that rounds to nearest"
         ) from None
-    from llmtrt.quantization.calibrate import calibrate, choose_device
+    from llmtrt.quantization.layerwise import calibrate, choose_device
 
     infos = source.tensors()
 

@@ -1,119 +1,159 @@
-"""The checkpoint's decoder on torch, with the weights of one layer in memory: the canonical graph, computed in fp32."""
+"""Integers and scales chosen layer after layer, from what each really sees: the output of the quantized layers before it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
 
-import onnx_ir as ir
+import numpy as np
+import torch
 from torch import Tensor
 
+from llmtrt import files
 from llmtrt.checkpoints.checkpoint import Checkpoint
-from llmtrt.graph.decoder import write_decoder
 from llmtrt.models.decoder import Decoder
-from llmtrt.quantization.torch_graph import TorchGraph, Values, live
-from llmtrt.quantization.torch_weights import TorchWeights
+from llmtrt.progress import Report, silent
+from llmtrt.quantization.descent import descend
+from llmtrt.quantization.gptq import gptq
+from llmtrt.quantization.scales import expanded, search_scales
+from llmtrt.quantization.solutions import Solution, Solutions
+from llmtrt.quantization.statistics import Statistics
+from llmtrt.quantization.torch_graph import Values, live
+from llmtrt.quantization.torch_model import Layer, LayerwiseModel, Stage, keep
+
+_BATCH_TOKENS = 4096
+_STATE = "hidden.npz"
 
 
-@dataclass
-class Stage:
-    """A stretch of a layer's nodes. After it come the products with ``weights``, which all read the value ``read``
-    ([B, S, K]), but for the layer's last stage, which has none. ``residual``: the value ([B, S, H]) that the product is
-    added to, where it is added to the residual stream as it is."""
+def calibrate(
+    checkpoint: Checkpoint,
+    decoder: Decoder,
+    ids: np.ndarray,
+    block_of: Callable[[str, int], int | None],
+    dtype: str,
+    folder: Path,
+    device: str = "cpu",
+    report: Report = silent,
+) -> Solutions:
+    """Quantizes every product of ``decoder``'s layers for which ``block_of(name, K)`` gives a block, on the token
+    sequences ``ids`` [n, S], and keeps what it finds in ``folder``.
 
-    nodes: list[ir.Node] = field(default_factory=list)
-    weights: list[str] = field(default_factory=list)
-    read: str = ""
-    residual: str = ""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """``input``, ``output``: names of the hidden states before and after it."""
-
-    stages: list[Stage]
-    input: str
-    output: str
-
-
-class LayerwiseModel:
-    """Values go by name, as in ``TorchGraph``. ``enter`` reads the weights of a layer and drops all others."""
-
-    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, device: str = "cpu"):
-        self.device = device
-        self._weights, self._loaded = TorchWeights(checkpoint, decoder.tied), {}
-        self._graph = TorchGraph(write_decoder(decoder, self._weights, "float32"), len(decoder.layers), device)
-        outputs = [_output(nodes) for nodes in [self._graph.before, *self._graph.layers]]
-        self.layers = [
-            Layer(self._stages(nodes), before, after)
-            for nodes, before, after in zip(self._graph.layers, outputs, outputs[1:])
-        ]
-
-    def start(self, ids: Tensor) -> Values:
-        """What the layers read: hidden states, fp32 [B, S, H], of ``ids`` [B, S], under the first layer's ``input``, and
-        what all of them share (masks, rotary angles)."""
-        self._enter(self._graph.before)
-        values = self.run(self._graph.before, self._graph.inputs(ids.to(self.device)))
-        return keep(values, set().union(*map(live, self._graph.layers)))
-
-    def enter(self, layer: Layer) -> None:
-        self._enter([node for stage in layer.stages for node in stage.nodes])
-
-    def finish(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Logits, fp32 [B, S, V], of the hidden states [B, S, H] after the last layer."""
-        self._enter(self._graph.after)
-        values = self._graph.inputs(ids.to(self.device)) | {self.layers[-1].output: hidden}
-        return self.run(self._graph.after, values)["logits"]
-
-    def weight(self, name: str) -> Tensor:
-        """A weight of the layer that was entered, fp32 [N, K]."""
-        return self._loaded[name]
-
-    def run(self, nodes: Sequence[ir.Node], values: Values, others: Mapping[str, Tensor] = {}) -> Values:  # noqa: B006
-        """``values`` and what ``nodes`` compute, with ``others`` in the place of weights of those names."""
-        return self._graph.run(nodes, values, lambda name: others[name] if name in others else self._loaded[name])
-
-    def _stages(self, nodes: Sequence[ir.Node]) -> list[Stage]:
-        stages = [Stage()]
-        for node in nodes:
-            if node.op_type in ("MatMul", "Gemm") and node.inputs[1].name in self._weights:
-                read = _source(node.inputs[0]).name
-                if len(stages) == 1 or stages[-2].read != read:
-                    stages[-1].read, stages[-1].residual = read, _residual(node.outputs[0])
-                    stages.append(Stage())
-                stages[-2].weights.append(node.inputs[1].name)
-            stages[-1].nodes.append(node)
-        return stages
-
-    def _enter(self, nodes: Sequence[ir.Node]) -> None:
-        self._loaded.clear()
-        for name in sorted(self._graph.weights_of(nodes)):
-            self._loaded[name] = self._weights.read(name).to(self.device)
+    A run that was interrupted goes on at the layer that it had reached, if ``folder`` is of the same inputs, and ends in
+    the same bytes; if it is of others, it is begun anew. Memory: one layer's weights and Hessians, and the hidden states of
+    all tokens, twice.
+    """
+    return _Calibration(
+        LayerwiseModel(checkpoint, decoder, device), block_of, getattr(torch, dtype), Solutions(folder)
+    ).run(torch.from_numpy(ids), folder / _STATE, _key(checkpoint, ids, dtype, block_of), report)
 
 
-def keep(values: Values, names: set[str]) -> Values:
-    return {name: value for name, value in values.items() if name in names}
+def choose_device() -> str:
+    """The GPU where torch has one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _output(nodes: Sequence[ir.Node]) -> str:
-    """The hidden states, which the last node of the embedding and of each layer computes."""
-    return nodes[-1].outputs[0].name
+class _Calibration:
+    """Two runs of the model side by side, as the checkpoint has it and as it becomes, one layer at a time."""
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        block_of: Callable[[str, int], int | None],
+        dtype: torch.dtype,
+        solutions: Solutions,
+    ):
+        self._model, self._block_of, self._dtype, self._solutions = model, block_of, dtype, solutions
+
+    @torch.no_grad()
+    def run(self, ids: Tensor, state: Path, key: str, report: Report) -> Solutions:
+        layers = self._model.layers
+        batches = ids.split(max(1, _BATCH_TOKENS // ids.shape[1]))
+        starts = list(map(self._model.start, batches))
+        full = [values.pop(layers[0].input) for values in starts]
+        quantized, done = full, 0
+        if (saved := _read_state(state, key)) is not None:
+            done, hidden = saved
+            full, quantized = (list(each.to(self._model.device).split(len(batches[0]))) for each in hidden)
+        else:
+            self._solutions.clear()  # of other inputs
+        for index, layer in enumerate(layers[done:], done):
+            report(index, len(layers), "calibrating")
+            self._model.enter(layer)
+            full, quantized, found = self._layer(layer, starts, full, quantized)
+            self._solutions.save(index, found)
+            _write_state(state, key, index + 1, torch.cat(full), torch.cat(quantized))
+        report(len(layers), len(layers))
+        return self._solutions
+
+    def _layer(
+        self, layer: Layer, shared: list[Values], full: list[Tensor], quantized: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Solution]]:
+        """The hidden states after ``layer``, and what its weights became."""
+        full = [values | {layer.input: hidden} for values, hidden in zip(shared, full)]
+        quantized = [values | {layer.input: hidden} for values, hidden in zip(shared, quantized)]
+        found: dict[str, Solution] = {}
+        becomes: dict[str, Tensor] = {}
+        for place, stage in enumerate(layer.stages):
+            later = layer.stages[place + 1 :]
+            needed = {layer.output}.union(*(live(each.nodes) | {each.read, each.residual} for each in later))
+            needed |= {stage.read, stage.residual}
+            for batch in range(len(full)):
+                full[batch] = keep(self._model.run(stage.nodes, full[batch]), needed)
+                quantized[batch] = keep(self._model.run(stage.nodes, quantized[batch], becomes), needed)
+            becomes.clear()
+            if stage.weights:
+                solved = self._solve(stage, full, quantized)
+                found |= solved
+                becomes |= {name: self._dense(solution) for name, solution in solved.items()}
+        return *([values[layer.output] for values in each] for each in (full, quantized)), found
+
+    def _solve(self, stage: Stage, full: list[Values], quantized: list[Values]) -> dict[str, Solution]:
+        k = self._model.weight(stage.weights[0]).shape[1]
+        blocks = {name: block for name in stage.weights if (block := self._block_of(name, k)) is not None}
+        if not blocks:
+            return {}
+        statistics = None
+        for ours, theirs in zip(full, quantized):
+            rows = [each[stage.read].reshape(-1, k) for each in (ours, theirs)]
+            if stage.residual:
+                rows += [each[stage.residual].flatten(0, 1) for each in (ours, theirs)]
+            if statistics is None:
+                statistics = Statistics.empty(k, rows[2].shape[1] if stage.residual else None, self._model.device)
+            statistics.add(*rows)
+        return {name: self._one(self._model.weight(name), statistics, block) for name, block in blocks.items()}
+
+    def _one(self, weight: Tensor, statistics: Statistics, block: int) -> Solution:
+        hessian, target = statistics.hessian, statistics.compensated(weight)
+        scale = search_scales(target, hessian.diagonal(), block, self._dtype)
+        q, scale = descend(target, hessian, gptq(target, hessian, scale, block), scale, block, self._dtype)
+        error = weight - q * expanded(scale, block)
+        relative = ((error @ hessian * error).sum() / (weight @ hessian * weight).sum()).sqrt()
+        return Solution(q.to(torch.int8).cpu().numpy(), scale.cpu().numpy(), float(relative))
+
+    def _dense(self, solution: Solution) -> Tensor:
+        q, scale = (torch.from_numpy(each).to(self._model.device) for each in (solution.q, solution.scale))
+        return q * expanded(scale, q.shape[1] // scale.shape[1])
 
 
-def _source(value: ir.Value) -> ir.Value:
-    """What was reshaped to ``value``."""
-    while value.producer() is not None and value.producer().op_type == "Reshape":
-        value = value.producer().inputs[0]
-    return value
+def _key(checkpoint: Checkpoint, ids: np.ndarray, dtype: str, block_of: Callable[[str, int], int | None]) -> str:
+    """A digest of all that decides what is found."""
+    blocks = {
+        name: block_of(name, info.shape[1]) for name, info in checkpoint.tensors().items() if len(info.shape) == 2
+    }
+    said = [checkpoint.digest(), hashlib.sha256(ids.tobytes()).hexdigest(), ids.shape, dtype, blocks, torch.__version__]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
-def _residual(product: ir.Value) -> str:
-    """The name of what ``product``, reshaped or with a bias, is added to; empty where something else becomes of it."""
-    while len(uses := list(product.uses())) == 1:
-        node, index = uses[0].node, uses[0].idx
-        if node.op_type == "Add":
-            other = node.inputs[1 - index]
-            if other.producer() is not None:
-                return other.name
-        elif node.op_type not in ("Reshape", "Cast"):
-            break
-        product = node.outputs[0]
-    return ""
+def _read_state(path: Path, key: str) -> tuple[int, tuple[Tensor, Tensor]] | None:
+    """Layers that are done, and the hidden states after them; None where there is no state of these inputs."""
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as content:
+        if str(content["key"]) != key:
+            return None
+        return int(content["done"]), (torch.from_numpy(content["full"]), torch.from_numpy(content["quantized"]))
+
+
+def _write_state(path: Path, key: str, done: int, full: Tensor, quantized: Tensor) -> None:
+    with files.staged_file(path) as staging, staging.open("wb") as file:
+        np.savez(file, key=key, done=done, full=full.cpu().numpy(), quantized=quantized.cpu().numpy())

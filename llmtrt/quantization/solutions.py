@@ -35,6 +35,11 @@ class Solutions:
         with np.load(self._where[name], allow_pickle=False) as content:
             return Solution(content[f"{name}/q"], content[f"{name}/scale"], float(content[f"{name}/error"]))
 
+    def clear(self) -> None:
+        for path in self._folder.glob("layer-*.npz"):
+            path.unlink()
+        self._where = {}
+
     def save(self, layer: int, found: dict[str, Solution]) -> None:
         path = self._folder / f"layer-{layer:05}.npz"
         arrays = {
