@@ -9,7 +9,7 @@ from llmtrt.quantization.recipe import Recipe, names, read_recipe
 
 
 def test_every_recipe_that_comes_with_llmtrt_reads():
-    assert names() == ["fp16", "fp32", "gptq-g64", "int4", "int4-g32", "int4-g64", "int4-vocab8"]
+    assert names() == ["fp16", "fp32", "gptq-g64", "gptq-mixed", "int4", "int4-g32", "int4-g64", "int4-vocab8"]
     assert {name: read_recipe(name).group_size for name in names() if "-g" in name} == {
         "gptq-g64": 64,
         "int4-g32": 32,

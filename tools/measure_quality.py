@@ -60,6 +60,7 @@ ROWS = {
     "gptq g64": (GPTQ, TRAIN, None),
     "gptq g64, calibrated on itself": (GPTQ, "self", None),
     "gptq g32": (replace(GPTQ, group_size=32), TRAIN, None),
+    "gptq, 4.5 bits": (Recipe("gptq", bits=4.5), TRAIN, None),
     "gptq g64, int8 vocabulary": (replace(GPTQ, **VOCABULARY), TRAIN, None),
     "gptq g64, 128 sequences": (replace(GPTQ, calibration_sequences=128), TRAIN, None),
     "gptq g64 without descent": (GPTQ, TRAIN, without_descent),

@@ -13,7 +13,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         default="int4",
         metavar="NAME|FILE",
-        help="int4 (default), int4-g64, int4-g32, int4-vocab8, gptq-g64, fp16, fp32, or a YAML file",
+        help="int4 (default), int4-g64, int4-g32, int4-vocab8, gptq-g64, gptq-mixed, fp16, fp32, or a YAML file",
     )
     parser.add_argument(
         "--max-seq", type=int, metavar="N", help="declared capacity in tokens (default: the model's own)"

@@ -1,8 +1,10 @@
 """A calibrated recipe from a checkpoint to the integers of every layer: text, layers, and what is kept between runs."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,23 @@ from llmtrt.errors import UserError
 from llmtrt.models.decoder import Decoder
 from llmtrt.package import Package
 from llmtrt.progress import Report
+from llmtrt.quantization.precision import Form, candidates, choose_forms
 from llmtrt.quantization.recipe import SELF, Recipe
 from llmtrt.quantization.rtn import choose_block
 from llmtrt.quantization.solutions import Solutions
 
-_TOKENS = "tokens.npz"
+_TOKENS, _FORMS = "tokens.npz", "forms.json"
 _ROUNDED = "rounded"
+_SENSITIVITY_SEQUENCES = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """``int8``: names of the weights that take INT8; ``how``: the manifest's word on what it was found from."""
+
+    solutions: Solutions
+    int8: frozenset[str]
+    how: dict
 
 
 def solve(
@@ -29,8 +42,8 @@ def solve(
     work: Path,
     make_rounded: Callable[[Path], Package],
     report: Report,
-) -> tuple[Solutions, dict]:
-    """What the weights of every layer become, and the manifest's word on how that was found.
+) -> Found:
+    """What the weights of every layer become.
 
     ``work`` keeps what an interrupted run had done; ``make_rounded(folder)`` makes the package that writes the text of
     ``calibration`` "self". Raises UserError without torch, and for a calibration text that is not as it should be.
@@ -46,18 +59,52 @@ def solve(
 
     infos = source.tensors()
 
-    def block_of(name: str, k: int) -> int | None:
-        kept = infos[name].dtype == "int4" or recipe.excluding(name)
-        return None if kept else choose_block(k, recipe.group_size)
-
     if recipe.calibration_length > decoder.max_seq:
         raise UserError(
             f"calibration_length is {recipe.calibration_length}, but the model takes {decoder.max_seq} tokens: lower it"
         )
     work.mkdir(parents=True, exist_ok=True)
     ids, said = _tokens(source, recipe, calibration, work, make_rounded, report)
+    forms = None if recipe.bits is None else _forms(source, decoder, recipe, ids, work, report)
+
+    def block_of(name: str, k: int) -> int | None:
+        if infos[name].dtype == "int4" or recipe.excluding(name):
+            return None
+        if forms is None:
+            return choose_block(k, recipe.group_size)
+        return forms[name].block or None if name in forms else None
+
     solutions = calibrate(source, decoder, ids, block_of, recipe.dtype, work, choose_device(), report)
-    return solutions, {"calibration": said | {"sequences": len(ids), "length": ids.shape[1]}}
+    int8 = frozenset(name for name, form in (forms or {}).items() if not form.block)
+    return Found(solutions, int8, said | {"sequences": len(ids), "length": ids.shape[1]})
+
+
+def _forms(
+    source: Checkpoint, decoder: Decoder, recipe: Recipe, ids: np.ndarray, work: Path, report: Report
+) -> dict[str, Form]:
+    """The form of each matrix that the recipe's average of bits is for; kept in ``work``."""
+    import torch
+
+    from llmtrt.quantization.layerwise import choose_device
+    from llmtrt.quantization.sensitivity import sensitivities
+    from llmtrt.quantization.torch_model import LayerwiseModel
+
+    ids = ids[:_SENSITIVITY_SEQUENCES]
+    key = json.dumps([source.digest(), recipe.to_json(), hashlib.sha256(ids.tobytes()).hexdigest()])
+    if (work / _FORMS).is_file() and (kept := files.read_json(work / _FORMS)).get("key") == key:
+        return {name: Form(block) for name, block in kept["blocks"].items()}
+    model, infos = LayerwiseModel(source, decoder, choose_device()), source.tensors()
+    names = [name for layer in model.layers for stage in layer.stages for name in stage.weights]
+    options = {
+        name: forms
+        for name in names
+        if infos[name].dtype != "int4" and not recipe.excluding(name) and (forms := candidates(infos[name].shape[1]))
+    }
+    losses = sensitivities(model, torch.from_numpy(ids), options, getattr(torch, recipe.dtype), report)
+    forms = choose_forms(losses, {name: infos[name].shape for name in losses}, recipe.bits)
+    with files.staged_file(work / _FORMS) as staging:
+        files.write_json(staging, {"key": key, "blocks": {name: form.block for name, form in forms.items()}})
+    return forms
 
 
 def _tokens(

@@ -61,17 +61,20 @@ def quantize(
     decoder = decoder_of(source.config, str(source.path), max_seq, ignore_fields)
     spec, generation = _spec(source, decoder, recipe), _generation(source)
     total = len(source.tensors())
-    work, solutions, calibrated = Path(f"{output}.calibration"), {}, {}
+    work, found = Path(f"{output}.calibration"), None
     if recipe.calibrates:
         from llmtrt.quantization.calibration import solve
 
         def make_rounded(folder: Path) -> packages.Package:
-            return quantize(checkpoint, folder, replace(recipe, algorithm="rtn"), max_seq, ignore_fields).package
+            return quantize(
+                checkpoint, folder, replace(recipe, algorithm="rtn", bits=None), max_seq, ignore_fields
+            ).package
 
-        solutions, calibrated = solve(source, decoder, recipe, calibration, work, make_rounded, report)
+        found = solve(source, decoder, recipe, calibration, work, make_rounded, report)
     with files.staged_folder(Path(output)) as folder:
         with WeightFile(folder, packages.WEIGHTS) as file:
-            weights = CheckpointWeights(source, recipe, file, decoder.tied, lambda done: report(done, total), solutions)
+            chosen = (found.solutions, found.int8) if found else ()
+            weights = CheckpointWeights(source, recipe, file, decoder.tied, lambda done: report(done, total), *chosen)
             model = write_decoder(decoder, weights, recipe.dtype)
             weights.finish()
         # Saved without onnx_ir's external-data option: the tensors lie where the model says already.
@@ -88,7 +91,7 @@ def quantize(
                 "recipe": recipe.to_json(),
                 "quantization": weights.report.to_json(),
             }
-            | calibrated,
+            | ({"calibration": found.how} if found else {}),
         )
     shutil.rmtree(work, ignore_errors=True)
     report(total, total)

@@ -24,8 +24,9 @@ _ALLOWED = {
 @dataclass(frozen=True)
 class Recipe:
     """``algorithm``: ``rtn`` (INT4 blocks, round to nearest), ``gptq`` (INT4 blocks, calibrated) or ``none``.
-    ``group_size``: weights along K that share a scale, halved where it does not divide K. ``dtype``: of activations, scales,
-    KV cache and all that is not quantized.
+    ``group_size``: weights along K that share a scale, halved where it does not divide K. ``bits`` (``gptq`` alone): instead
+    of one group size, what a weight of the projections takes on average, more of it where the model is sensitive: blocks of
+    128 to 16, and INT8. ``dtype``: of activations, scales, KV cache and all that is not quantized.
     ``embedding``, ``lm_head``: ``keep`` (in dtype), ``int8`` or ``int4``. ``exclude``: patterns (as in a shell) of
     modules that are not quantized. ``calibration_sequences`` of ``calibration_length`` tokens each: what ``gptq`` sees.
 
@@ -38,6 +39,7 @@ class Recipe:
     embedding: str = "keep"
     lm_head: str = "keep"
     exclude: tuple[str, ...] = ()
+    bits: float | None = None
     calibration_sequences: int = 32
     calibration_length: int = 512
 
@@ -52,13 +54,19 @@ class Recipe:
             value = getattr(self, key)
             if type(value) is not int or not 2 <= value <= 1 << 20:
                 raise UserError(f"{key} should be an integer from 2 to {1 << 20}")
+        bits = self.bits
+        if bits is not None and (
+            self.algorithm != "gptq" or type(bits) not in (int, float) or not 4.125 <= bits <= 8.5
+        ):
+            raise UserError("bits should be a number from 4.125 to 8.5, and is for the algorithm gptq alone")
         exclude = self.exclude
         if not isinstance(exclude, list | tuple) or not all(isinstance(pattern, str) for pattern in exclude):
             raise UserError("exclude should be a list of patterns of module names")
         object.__setattr__(self, "exclude", tuple(exclude))
 
     def to_json(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if self.calibrates or "calibration" not in key}
+        calibrated = ("bits", "calibration_sequences", "calibration_length")
+        return {key: value for key, value in asdict(self).items() if self.calibrates or key not in calibrated}
 
     @property
     def calibrates(self) -> bool:

@@ -115,6 +115,7 @@ def _rms_norm(a: dict, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _gemm(a: dict, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    w = w.to(x.dtype)  # a table keeps the checkpoint's type
     y = x @ (w.T if a.get("transB") else w)
     return y if bias is None else y + bias
 
@@ -165,7 +166,7 @@ def _gather(a: dict, x: Tensor, index: Any) -> Tensor:
     axis = a.get("axis", 0) % x.ndim
     index = _tensor(index, x)
     found = x.index_select(axis, index.reshape(-1)).reshape(x.shape[:axis] + index.shape + x.shape[axis + 1 :])
-    return found.float() if found.is_floating_point() else found  # a table keeps the checkpoint's type
+    return found.float() if found.is_floating_point() else found  # as does this one
 
 
 def _gather_nd(a: dict, x: Tensor, index: Tensor) -> Tensor:

@@ -15,14 +15,18 @@ from llmtrt.quantization.torch_weights import TorchWeights
 
 @dataclass
 class Stage:
-    """A stretch of a layer's nodes. After it come the products with ``weights``, which all read the value ``read``
-    ([B, S, K]), but for the layer's last stage, which has none. ``residual``: the value ([B, S, H]) that the product is
-    added to, where it is added to the residual stream as it is."""
+    """A stretch of a layer's nodes. After it come ``products``, weight → the value that its product is, which all read the
+    value ``read`` ([B, S, K]), but for the layer's last stage, which has none. ``residual``: the value ([B, S, H]) that the
+    product is added to, where it is added to the residual stream as it is."""
 
     nodes: list[ir.Node] = field(default_factory=list)
-    weights: list[str] = field(default_factory=list)
+    products: dict[str, str] = field(default_factory=dict)
     read: str = ""
     residual: str = ""
+
+    @property
+    def weights(self) -> list[str]:
+        return list(self.products)
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class LayerwiseModel:
                 if len(stages) == 1 or stages[-2].read != read:
                     stages[-1].read, stages[-1].residual = read, _residual(node.outputs[0])
                     stages.append(Stage())
-                stages[-2].weights.append(node.inputs[1].name)
+                stages[-2].products[node.inputs[1].name] = node.outputs[0].name
             stages[-1].nodes.append(node)
         return stages
 

@@ -1,6 +1,6 @@
 """Reads a checkpoint's tensors, quantizes them as the recipe says and writes them, one at a time."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -58,6 +58,7 @@ class CheckpointWeights:
         tied: bool,
         on_tensor: Callable[[int], None] = lambda done: None,
         solutions: Mapping[str, Solution] = MappingProxyType({}),
+        int8: Container[str] = (),
     ):
         self._checkpoint, self._recipe, self._file = checkpoint, recipe, file
         self._infos = checkpoint.tensors()
@@ -70,7 +71,7 @@ class CheckpointWeights:
             for name, form in ((f"{EMBEDDING}.weight", recipe.embedding), ("lm_head.weight", recipe.lm_head))
         }
         self.head_is_table = tied and set(self._vocabulary.values()) == {"keep"}
-        self._tied, self._on_tensor, self._solutions = tied, on_tensor, solutions
+        self._tied, self._on_tensor, self._solutions, self._in_int8 = tied, on_tensor, solutions, int8
         self.report = QuantizationReport()
 
     def linear(self, name: str, k: int, n: int) -> Plain | Int4 | Int8:
@@ -139,6 +140,8 @@ class CheckpointWeights:
             return "keep", f"excluded by the recipe's pattern {pattern!r}"
         if stored == "int4":
             return "int4", None
+        if name in self._in_int8:
+            return "int8", None
         form = self._vocabulary.get(name) or ("keep" if recipe.algorithm == "none" else "int4")
         if form == "int4" and choose_block(k, recipe.group_size) is None:
             return "keep", f"K = {k} is not a multiple of 16, the smallest block that both runtimes take"
