@@ -122,7 +122,7 @@ def test_quantize_refuses_an_output_that_exists(checkpoint, tmp_path, capsys):
     [
         ("nonesuch", "neither a file nor one of the recipes"),
         ("group_size: 48", "group_size is 48, expected one of 16, 32"),
-        ("bits: 3", "unknown key 'bits'"),
+        ("colour: 3", "unknown key 'colour'"),
         ("algorithm: [rtn", "is not valid YAML"),
         ("!!python/object/apply:os.system [false]", "is not valid YAML"),
     ],

@@ -34,7 +34,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("dtype: [float16]", "dtype is a list"),
         ("exclude: lm_head", "exclude should be a list"),
         ("exclude: [1]", "exclude should be a list"),
-        ("bits: 3", "unknown key 'bits'"),
+        ("colour: 3", "unknown key 'colour'"),
         ("[1]: 2", "valid YAML|unknown key"),
         ("- rtn", "should be a mapping"),
         ("", "should be a mapping"),
