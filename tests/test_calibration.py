@@ -94,7 +94,7 @@ def test_real_weights_lose_less_than_by_rounding(stories, text, tmp_path):
         "rtn": Recipe("rtn", 64, "float32"),
         "gptq": Recipe("gptq", 64, "float32", calibration_sequences=16, calibration_length=128),
     }.items():
-        made = quantize(stories, tmp_path / name, recipe, calibration=text)
+        made = quantize(stories, tmp_path / name, recipe, calibration=text if recipe.calibrates else "self")
         with LLM(made.package.path, accuracy_level=1) as llm, LLM(full.path) as reference:
             found = agreement(llm, reference, llm.encode(held_out, special=False), 256)
             divergence[name] = found["kl_divergence"]
@@ -196,6 +196,26 @@ def test_without_torch_a_sentence_says_so(stories, text, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(UserError, match="algorithm gptq needs torch.*pip install torch"):
         quantize(stories, tmp_path / "package", TINY, calibration=text)
+
+
+def test_a_recipe_that_does_not_calibrate_refuses_a_text(stories, text, tmp_path):
+    with pytest.raises(UserError, match="algorithm rtn takes no --calibration"):
+        quantize(stories, tmp_path / "package", "int4", calibration=text)
+
+
+def test_inputs_that_are_all_zeros_do_not_matter(tmp_path):
+    """A model whose MLPs see nothing: its norms before them are zero."""
+    from safetensors.numpy import load_file, save_file
+
+    checkpoint = save("llama-gqa-tied", tmp_path / "checkpoint")
+    weights = load_file(checkpoint / "model.safetensors")
+    for name in weights:
+        if "post_attention_layernorm" in name:
+            weights[name] = weights[name] * 0
+    save_file(weights, checkpoint / "model.safetensors")
+    found, _ = solved(checkpoint, np.random.default_rng(1).integers(3, 90, (4, 24)), tmp_path / "work", 16)
+    one = found["model.layers.1.mlp.gate_proj.weight"]
+    assert one.error == 0 and np.isfinite(one.scale).all() and (one.scale > 0).all()
 
 
 def test_excluded_matrices_stay_and_the_rest_makes_up_for_nothing_there(stories, text, tmp_path):

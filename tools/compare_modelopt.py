@@ -33,8 +33,9 @@ METHODS = ("llmtrt gptq", "llmtrt rtn", "modelopt awq_lite", "modelopt max")
 
 
 def by_llmtrt(algorithm: str, checkpoint: str, data: Path, work: Path) -> dict:
+    on = {"calibration": data / TRAIN} if algorithm == "gptq" else {}
     start = time.monotonic()
-    made = quantize(checkpoint, work / f"compared-{algorithm}", Recipe(algorithm, BLOCK), calibration=data / TRAIN)
+    made = quantize(checkpoint, work / f"compared-{algorithm}", Recipe(algorithm, BLOCK), **on)
     seconds = time.monotonic() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with LLM(made.package.path, accuracy_level=1) as llm:

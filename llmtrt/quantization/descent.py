@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from llmtrt.quantization.scales import expanded, fit_scales, quantize
+from llmtrt.quantization.statistics import damp
 
 _ROUNDS, _SWEEPS = 2, 2
 _DAMPING = 1e-4
@@ -18,8 +19,7 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Better integers and scales than ``q`` [N, K] and ``scale`` [N, K / block]: no step makes the error of the product,
     tr((W − Ŵ) H (W − Ŵ)ᵀ), larger, but for the rounding of scales to ``dtype``."""
-    damped = hessian.clone()
-    damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
+    damped = damp(hessian, _DAMPING)
     for _ in range(_ROUNDS):
         scale = fit_scales(weight, q, damped, scale, block, dtype)
         q = _sweep(weight, damped, q, scale, block)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmtrt.quantization.scales import expanded, quantize
+from llmtrt.quantization.statistics import damp
 
 _DAMPING = 0.01  # of the mean of the Hessian's diagonal
 _BATCH = 128  # columns whose updates of the rest are made together
@@ -38,7 +39,6 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, block: int) -> Tensor:
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse."""
-    damped = hessian.double()
-    damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
+    damped = damp(hessian.double(), _DAMPING)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()

@@ -127,8 +127,10 @@ class _Calibration:
         scale = search_scales(target, hessian.diagonal(), block, self._dtype)
         q, scale = descend(target, hessian, gptq(target, hessian, scale, block), scale, block, self._dtype)
         error = weight - q * expanded(scale, block)
-        relative = ((error @ hessian * error).sum() / (weight @ hessian * weight).sum()).sqrt()
-        return Solution(q.to(torch.int8).cpu().numpy(), scale.cpu().numpy(), float(relative))
+        wrong, whole = (float((each @ hessian * each).sum()) for each in (error, weight))
+        return Solution(
+            q.to(torch.int8).cpu().numpy(), scale.cpu().numpy(), max(0.0, wrong / whole) ** 0.5 if whole > 0 else 0.0
+        )
 
     def _dense(self, solution: Solution) -> Tensor:
         q, scale = (torch.from_numpy(each).to(self._model.device) for each in (solution.q, solution.scale))

@@ -56,6 +56,8 @@ def quantize(
 
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
+    if calibration != SELF and not recipe.calibrates:
+        raise UserError(f"the recipe's algorithm {recipe.algorithm} takes no --calibration {calibration}: leave it out")
     files.require_absent(Path(output))
     source = open_checkpoint(checkpoint)
     decoder = decoder_of(source.config, str(source.path), max_seq, ignore_fields)

@@ -48,7 +48,12 @@ class Statistics:
         wanted = weight @ self.drift
         if self.residual_drift is not None:
             wanted += self.residual_drift
-        damped = self.hessian.double()
-        damped.diagonal().add_(damping * damped.diagonal().mean())
-        factor = torch.linalg.cholesky(damped)
+        factor = torch.linalg.cholesky(damp(self.hessian.double(), damping))
         return weight + share * torch.cholesky_solve(wanted.T.double(), factor).T.float()
+
+
+def damp(hessian: Tensor, share: float) -> Tensor:
+    """A copy with ``share`` of the mean of the diagonal added to it, and a little where inputs were all zeros."""
+    damped = hessian.clone()
+    damped.diagonal().add_(share * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    return damped
