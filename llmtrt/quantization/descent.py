@@ -11,6 +11,7 @@ from llmtrt.quantization.statistics import damp
 
 _ROUNDS, _SWEEPS = 2, 2
 _DAMPING = 1e-4
+_BATCH = 128  # columns whose steps are made known to all others together
 _SETTLED = 1e-4  # share of the integers that a sweep still changes
 
 
@@ -23,23 +24,30 @@ def descend(
     for _ in range(_ROUNDS):
         scale = fit_scales(weight, q, damped, scale, block, dtype)
         q = _sweep(weight, damped, q, scale, block)
-    return q, scale
+    return q, fit_scales(weight, q, damped, scale, block, dtype)
 
 
 def _sweep(weight: Tensor, hessian: Tensor, q: Tensor, scale: Tensor, block: int) -> Tensor:
-    q, scales, diagonal = q.clone(), expanded(scale, block), hessian.diagonal()
-    gradient = (weight - scales * q) @ hessian
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    scales, hessian = expanded(scale, block), hessian[order][:, order]
+    gradient = ((weight - scales * q)[:, order]) @ hessian
+    q, scales, diagonal = q[:, order], scales[:, order], hessian.diagonal()
     for _ in range(_SWEEPS):
-        changed = 0
-        for column in diagonal.argsort(descending=True, stable=True).tolist():
-            at = scales[:, column]
-            best = quantize(at * q[:, column] + gradient[:, column] / diagonal[column], at)
-            rows = (best != q[:, column]).nonzero()[:, 0]
-            changed += len(rows)
-            if len(rows):
-                step = at[rows] * (best - q[:, column])[rows]
-                gradient[rows] -= step[:, None] * hessian[column]
-                q[rows, column] = best[rows]
-        if changed < _SETTLED * q.numel():
+        before = q.clone()
+        for start in range(0, len(order), _BATCH):
+            part = slice(start, start + _BATCH)
+            _descend_in(part, q, scales, gradient[:, part].clone(), hessian[part, part], diagonal)
+            # What these columns' steps mean for all others, at once: none of those was looked at meanwhile.
+            gradient -= (scales[:, part] * (q - before)[:, part]) @ hessian[part]
+        if (q != before).sum() < _SETTLED * q.numel():
             break
-    return q
+    return q[:, order.argsort()]
+
+
+def _descend_in(part: slice, q: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor, diagonal: Tensor) -> None:
+    """Rounds the columns ``part`` of ``q`` anew, in place; ``gradient`` and ``hessian`` are of those columns."""
+    for column in range(gradient.shape[1]):
+        at, now = scales[:, part.start + column], q[:, part.start + column]
+        best = quantize(at * now + gradient[:, column] / diagonal[part.start + column], at)
+        gradient -= (at * (best - now))[:, None] * hessian[column]
+        q[:, part.start + column] = best
