@@ -20,8 +20,8 @@ def sensitivities(
     """The KL divergence from the unquantized model that each of ``forms`` of each weight is expected to cost by itself, in
     nats a token, to second order: Σₙ E[gₙ²] E[(Δₙ x)²] / 2 over the outputs n of its product, where Δ is the form's rounding
     error, x the input, and g the gradient of the log-likelihood of tokens that are drawn from the model's own predictions
-    (the diagonal Fisher information, as in Squisher and BRECQ, https://arxiv.org/abs/2102.05426, with inputs and gradients
-    taken to be independent).
+    (the diagonal of the Fisher information, by which BRECQ, https://arxiv.org/abs/2102.05426, weighs outputs too), with inputs
+    and gradients taken to be independent.
 
     ``ids`` [n, S]: token sequences; the hidden states of each after every layer are held. One layer's weights at a time.
     """
