@@ -20,8 +20,8 @@ def sensitivities(
     """The KL divergence from the unquantized model that each of ``forms`` of each weight is expected to cost by itself, in
     nats a token, to second order: Σₙ E[gₙ²] E[(Δₙ x)²] / 2 over the outputs n of its product, where Δ is the form's rounding
     error, x the input, and g the gradient of the log-likelihood of tokens that are drawn from the model's own predictions
-    (the diagonal of the Fisher information, by which BRECQ, https://arxiv.org/abs/2102.05426, weighs outputs too), with inputs
-    and gradients taken to be independent.
+    (the diagonal of the Fisher information, by which BRECQ, https://arxiv.org/abs/2102.05426, weighs outputs too), with
+    inputs and gradients taken to be independent.
 
     ``ids`` [n, S]: token sequences; the hidden states of each after every layer are held. One layer's weights at a time.
     """
@@ -39,18 +39,19 @@ def sensitivities(
             ends, squares = _forward(model, layer, shared, [states[-1] for states in hidden])
             for states, end in zip(hidden, ends):
                 states.append(end)
-            for name in forms.keys() & squares.keys():
+            for name, square in squares.items():
                 weight = model.weight(name)
-                errors[name] = {form: _error(weight, squares[name], form, dtype) for form in forms[name]}
-    gradients = [_at_the_end(model, states.pop(), sequence) for states, sequence in zip(hidden, sequences)]
+                errors[name] = {form: _error(weight, square, form, dtype) for form in forms.get(name, ())}
+    draw = torch.Generator().manual_seed(_SEED)
+    gradients = [_at_the_end(model, states.pop(), sequence, draw) for states, sequence in zip(hidden, sequences)]
     found: dict[str, dict[Form, float]] = {}
     for index, layer in reversed(list(enumerate(model.layers))):
         report(total - index - 1, total, "measuring sensitivity")
         model.enter(layer)
         gradients, fisher = _backward(model, layer, shared, [states.pop() for states in hidden], gradients)
-        for name in errors.keys() & fisher.keys():
-            found[name] = {form: float(fisher[name] @ error) / 2 for form, error in errors[name].items()}
-    return found
+        for name, square in fisher.items():
+            found[name] = {form: float(square @ error) / 2 for form, error in errors[name].items()}
+    return {name: found[name] for name in forms}
 
 
 def _forward(
@@ -84,11 +85,10 @@ def _error(weight: Tensor, square: Tensor, form: Form, dtype: torch.dtype) -> Te
     return (wrong @ square * wrong).sum(1)
 
 
-def _at_the_end(model: LayerwiseModel, state: Tensor, ids: Tensor) -> Tensor:
+def _at_the_end(model: LayerwiseModel, state: Tensor, ids: Tensor, draw: torch.Generator) -> Tensor:
     """The gradient at the hidden states after the last layer, of the log-likelihood of drawn tokens, summed over rows."""
     state = state.requires_grad_()
     logits = model.finish(state, ids).flatten(0, 1)
-    draw = torch.Generator().manual_seed(_SEED)
     drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=draw).to(logits.device)
     chosen = logits.log_softmax(1).gather(1, drawn).sum()
     return torch.autograd.grad(chosen, state)[0]
