@@ -2,7 +2,8 @@
 
 python tools/measure_gpu.py FOLDER STAGE…     # FOLDER keeps packages and engines between calls
 
-build      the 8B shape with random weights, and the checkpoint $SMOLLM2: whole, streaming, stripped for either refit
+build      the 8B shape with random weights, and the checkpoint $SMOLLM2 ($RECIPE, int4-g64 if unset, $CALIBRATION): whole,
+           streaming, stripped for either refit
 smollm2    its engine on the text $WIKITEXT: agreement with ONNX Runtime, greedy tokens, variants
 variants   the 8B engines against each other, bit by bit; plan sizes and refit times
 speed      8B: tokens/s, the loop against bare execute_async_v3, kernels, gaps and host; memory by allocation strategy
@@ -32,6 +33,7 @@ from llmtrt.engine.flavor import choose  # noqa: E402
 from llmtrt.engine.gpu import find_gpus  # noqa: E402
 from llmtrt.engine.manifest import open_engine  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
+from llmtrt.package import open_package  # noqa: E402
 from llmtrt.runtime.cuda import Cuda  # noqa: E402
 from llmtrt.runtime.load import Loaded  # noqa: E402
 from llmtrt.runtime.loop import logits_of  # noqa: E402
@@ -153,7 +155,8 @@ def build_both(folder: Path) -> dict:
     packages = {"8b": (package.path, folder, {}, of_8b)}
     if "SMOLLM2" in os.environ:
         smol = folder / "smollm2"
-        quantize(os.environ["SMOLLM2"], smol / "package", "int4-g64")
+        recipe, text = os.environ.get("RECIPE", "int4-g64"), os.environ.get("CALIBRATION")
+        quantize(os.environ["SMOLLM2"], smol / "package", recipe, **({"calibration": text} if text else {}))
         packages["smollm2"] = (smol / "package", smol, {"max_batch": 8}, list(VARIANTS))
     say("packages")
     return build_all(packages)
@@ -166,7 +169,9 @@ def smollm2(folder: Path) -> dict:
     text, folder = Path(os.environ["WIKITEXT"]).read_text(), folder / "smollm2"
     gpu, seconds = load(engine_folder(folder, "whole"))
     cpu = LLM(folder / "package", accuracy_level=1, verify=False)
-    results: dict = {"recipe": "int4-g64", "load_seconds": round(seconds, 2), "runtimes": [gpu.runtime, cpu.runtime]}
+    manifest = open_package(folder / "package", verify=False).manifest
+    results: dict = {key: manifest[key] for key in ("recipe", "calibration") if key in manifest}
+    results |= {"load_seconds": round(seconds, 2), "runtimes": [gpu.runtime, cpu.runtime]}
     ids = gpu.encode(text, special=False)[:TOKENS]
     half = TOKENS // 2
     both = [np.concatenate([llm.logits(ids[:half]), llm.logits(ids[half:])]) for llm in (gpu, cpu)]
