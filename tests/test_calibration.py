@@ -198,6 +198,15 @@ def test_without_torch_a_sentence_says_so(stories, text, tmp_path, monkeypatch):
         quantize(stories, tmp_path / "package", TINY, calibration=text)
 
 
+def test_a_recipe_that_does_not_calibrate_leaves_a_calibration_alone(stories, tmp_path):
+    """What an interrupted run keeps there may be hours of work."""
+    kept = tmp_path / "package.calibration" / "layer-00000.npz"
+    kept.parent.mkdir()
+    kept.write_bytes(b"hours")
+    quantize(stories, tmp_path / "package", "int4-g32")
+    assert kept.read_bytes() == b"hours"
+
+
 def test_a_recipe_that_does_not_calibrate_refuses_a_text(stories, text, tmp_path):
     with pytest.raises(UserError, match="algorithm rtn takes no --calibration"):
         quantize(stories, tmp_path / "package", "int4", calibration=text)

@@ -95,7 +95,8 @@ def quantize(
             }
             | ({"calibration": found.how} if found else {}),
         )
-    shutil.rmtree(work, ignore_errors=True)
+    if found:
+        shutil.rmtree(work, ignore_errors=True)
     report(total, total)
     return Quantized(packages.open_package(output, verify=False), weights.report.to_json())
 
