@@ -11,10 +11,6 @@ class Form:
 
     block: int
 
-    @property
-    def name(self) -> str:
-        return f"int4, blocks of {self.block}" if self.block else "int8"
-
     def bits(self, k: int) -> float:
         """Bits a weight of a matrix [N, ``k``], its 16-bit scales included."""
         return 4 + 16 / self.block if self.block else 8 + 16 / k

@@ -88,8 +88,10 @@ class LayerwiseModel:
         return stages
 
     def _enter(self, nodes: Sequence[ir.Node]) -> None:
-        self._loaded.clear()
-        for name in sorted(self._graph.weights_of(nodes)):
+        names = self._graph.weights_of(nodes)
+        for name in self._loaded.keys() - names:
+            del self._loaded[name]
+        for name in sorted(names - self._loaded.keys()):
             self._loaded[name] = self._weights.read(name).to(self.device)
 
 

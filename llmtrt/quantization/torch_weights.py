@@ -21,7 +21,7 @@ class TorchWeights:
     """
 
     def __init__(self, checkpoint: Checkpoint, tied: bool):
-        self._checkpoint, self.head_is_table = checkpoint, tied
+        self._checkpoint, self._infos, self.head_is_table = checkpoint, checkpoint.tensors(), tied
         self._offsets: dict[str, float] = {}  # of all that the graph asked for
 
     def linear(self, name: str, k: int, n: int) -> Plain:
@@ -40,7 +40,7 @@ class TorchWeights:
 
     def read(self, name: str) -> Tensor:
         """On the host."""
-        if self._checkpoint.tensors()[name].dtype == "int4":
+        if self._infos[name].dtype == "int4":
             return torch.from_numpy(self._dequantized(name))
         values = self._checkpoint.read(name)
         if name == _TABLE:
