@@ -211,6 +211,18 @@ class FakeCuda(types.ModuleType):
             self.put(Work(on_device, lambda: ctypes.memmove(to, source, size)))
         return (0,)
 
+    def cudaMemcpy2DAsync(self, to, to_pitch, source, pitch, width, height, kind, stream):
+        assert stream in self.streams and kind == 3 and to_pitch == pitch >= width > 0
+        size = pitch * (height - 1) + width
+        assert to + size <= source or source + size <= to
+
+        def run():
+            for row in range(height):
+                ctypes.memmove(to + row * pitch, source + row * pitch, width)
+
+        self.put(Work([(to, size), (source, size)], run))
+        return (0,)
+
     def cudaStreamBeginCapture(self, stream, mode):
         assert stream in self.streams and mode == 1 and not self.capturing
         self._capture = Graph()

@@ -13,11 +13,11 @@ from llmtrt.package import open_package
 from llmtrt.runtime.cuda import Cuda
 from llmtrt.runtime.llm import LLM
 from llmtrt.runtime.load import Loaded
-from llmtrt.runtime.loop import logits_of
 from llmtrt.runtime.onnxruntime import OrtSession
 from llmtrt.runtime.params import SamplingParams
 from llmtrt.runtime.sampling import Sampler
-from llmtrt.runtime.session import Slot
+from llmtrt.runtime.scheduler import logits_of
+from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.tensorrt import TrtSession
 
 pytestmark = pytest.mark.gpu
@@ -265,8 +265,9 @@ def test_logits_that_are_not_numbers_are_told(made, tmp_path):
         assert not np.isfinite(logits).all()
         params = SamplingParams(temperature=1.0, seed=0)
         for each in (SamplingParams(), params):
-            slot = Slot(5, 0, 3, each, Sampler(each, package.spec.vocab_size, np.array([5])))
-            assert [int(step[0]) for step in session.decode([slot])][0] == -1
+            session.admit(0, Decoding(5, 0, 3, each, Sampler(each, package.spec.vocab_size, np.array([5]))))
+            session.decode(1, 1, each.greedy)
+            assert session.tokens().tolist() == [-1]
     finally:
         session.close()
 
@@ -315,8 +316,11 @@ def test_closing_gives_all_memory_back(made):
         for _ in range(3):
             session = TrtSession(engine)
             session.reserve(3, 100)
-            slot = Slot(5, 10, 4, SamplingParams(), Sampler(SamplingParams(), engine.spec.vocab_size, np.array([5])))
-            assert len(list(session.decode([slot]))) == 4
+            params = SamplingParams()
+            session.admit(0, Decoding(5, 10, 4, params, Sampler(params, engine.spec.vocab_size, np.array([5]))))
+            for length in range(11, 15):
+                session.decode(1, length, greedy=True)
+                assert session.tokens().shape == (1,)
             assert probe.free_bytes() < before
             session.close()
         assert before - probe.free_bytes() < 8 << 20

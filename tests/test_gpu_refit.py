@@ -14,7 +14,7 @@ from llmtrt.engine.manifest import open_engine
 from llmtrt.engine.refit import refit_engine
 from llmtrt.errors import UserError
 from llmtrt.quantization.pipeline import quantize
-from llmtrt.runtime.loop import logits_of
+from llmtrt.runtime.scheduler import logits_of
 from llmtrt.runtime.tensorrt import TrtSession
 
 pytestmark = pytest.mark.gpu

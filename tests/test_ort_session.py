@@ -17,8 +17,8 @@ from llmtrt import LLM, SamplingParams, files, quantize
 from llmtrt.errors import UserError
 from llmtrt.package import open_package
 from llmtrt.runtime import memory
-from llmtrt.runtime.loop import logits_of
 from llmtrt.runtime.onnxruntime import OrtSession
+from llmtrt.runtime.scheduler import logits_of
 
 PROMPTS = [
     "Once upon a time",
@@ -73,6 +73,32 @@ def test_seeded_samples_are_those_of_each_alone(fp32):
         assert [llm.generate(*pair).token_ids for pair in zip(PROMPTS, params)] == [done.token_ids for done in together]
 
 
+def test_prompts_that_share_their_start_and_a_next_turn_are_those_of_transformers(fp32, reference):
+    """Five in two slots, whose starts are copied; then longer ones, which the cache has grown for."""
+    start = " ".join(PROMPTS)
+    with LLM(fp32.path, chunk=16, threads=1, max_batch=2) as llm:
+        for _ in range(2):
+            prompts = [start + end for end in ("", " The", " A dog", " She was very", " One day")]
+            done = llm.generate(prompts, SamplingParams(max_tokens=25))
+            for prompt, each in zip(prompts, done):
+                ids = torch.tensor([llm.encode(prompt)])
+                whole = reference.generate(ids, max_new_tokens=25, do_sample=False, pad_token_id=0)[0].tolist()
+                assert each.token_ids == whole[ids.shape[1] :]
+            start += done[1].text
+
+
+@pytest.mark.parametrize("prompt", [" ".join(PROMPTS[:2] * 2), PROMPTS[0]])
+def test_speculation_changes_no_token(fp32, prompt):
+    params = [SamplingParams(max_tokens=120, ignore_eos=True)]
+    params += [SamplingParams(max_tokens=120, temperature=0.8, top_p=0.9, seed=2, ignore_eos=True)]
+    with LLM(fp32.path, threads=1) as plain, LLM(fp32.path, threads=1, speculation="prompt-lookup") as fast:
+        for each in params:
+            assert fast.generate(prompt, each).token_ids == plain.generate(prompt, each).token_ids
+        assert fast._scheduler._speculation.accepted > 0
+    with pytest.raises(UserError, match="speculation should be prompt-lookup or None, but is 'magic'"):
+        LLM(fp32.path, speculation="magic")
+
+
 def test_to_the_end_of_the_context(fp32, reference):
     with LLM(fp32.path, chunk=100, threads=1) as llm:
         ids = (llm.encode(" ".join(PROMPTS)) * 20)[:500]
@@ -103,7 +129,7 @@ def test_cache_is_updated_in_place(fp32):
     for buffer, old in zip(session._buffers, before):
         changed = (buffer != old).any((1, 3))
         assert np.flatnonzero(changed[0]).tolist() == [3] and np.flatnonzero(changed[1]).tolist() == [27]
-    bound = [value.data_ptr() for value in session._binding.get_outputs()]
+    bound = [value.data_ptr() for value in session._bound(0, 2).get_outputs()]
     assert bound[:-1] == addresses  # outputs are the very buffers that the inputs are
     session.close()
     session.close()
@@ -125,7 +151,7 @@ def test_no_operator_copies_the_cache(fp32, monkeypatch, capfd):
     zeros = np.zeros((2, 1), np.int64)
     session.step(zeros, zeros, zeros)
     assert "TensorScatter" not in capfd.readouterr().err
-    session._binding.bind_output("present_key_0", "cpu")
+    session._bound(0, 2).bind_output("present_key_0", "cpu")
     session.step(zeros, zeros, zeros)
     assert "in-place optimization not activated" in capfd.readouterr().err
 

@@ -23,7 +23,7 @@ from llmtrt.graph.lowering import lower
 from llmtrt.graph.structure import load_graph
 from llmtrt.package import open_package
 from llmtrt.quantization.pipeline import quantize
-from llmtrt.runtime import kernel_cache, loop
+from llmtrt.runtime import kernel_cache
 from llmtrt.runtime import tensorrt as runtime
 from llmtrt.runtime.cuda import Region
 from llmtrt.runtime.footprint import RESERVE, predict, room_for_weights
@@ -31,7 +31,9 @@ from llmtrt.runtime.kv_cache import aligned
 from llmtrt.runtime.onnxruntime import OrtSession
 from llmtrt.runtime.params import SamplingParams
 from llmtrt.runtime.request import Request
+from llmtrt.runtime.scheduler import Scheduler
 from llmtrt.runtime.session import DeviceSession
+from llmtrt.runtime.speculation import Draft, Speculation
 from llmtrt.runtime.streaming import WeightBudget
 from llmtrt.runtime.tensorrt import TrtSession
 
@@ -86,9 +88,10 @@ def requests(spec, prompts, params):
 
 
 def tokens(session, prompts, params):
-    """What the token loop makes of them on ``session``, with the reasons for which each ended."""
+    """What a scheduler makes of them on ``session``, with the reasons for which each ended."""
     made = requests(session.spec, prompts, params)
-    reasons = {piece.index: piece.finish_reason for piece in loop.generate(session, made) if piece.completion}
+    pieces = Scheduler(session).run(made, len(made))
+    reasons = {piece.index: piece.finish_reason for piece in pieces if piece.completion}
     return [(request.token_ids, reasons[request.index]) for request in made]
 
 
@@ -469,34 +472,33 @@ def test_the_device_chooses_what_the_host_would(engine, machine, reference, monk
     assert not cuda.live and not cuda.streams
 
 
-def decoding(session, prompt, params, copies=1):
-    """The iterator of decode steps behind a prompt, and the requests."""
-    made = requests(session.spec, [prompt] * copies, [params] * copies)
-    session.reserve(copies, 40)
-    for piece in loop._prefill(session, made):
-        assert piece.completion is None
-    return session.decode([request.slot() for request in made]), made
+def streaming_tokens(session, prompt, params, copies=1):
+    """The pieces behind the first of each prompt."""
+    pieces = Scheduler(session).run(requests(session.spec, [prompt] * copies, [params] * copies), copies)
+    for _ in range(copies):
+        next(pieces)
+    return pieces
 
 
 @pytest.mark.parametrize("params", [SamplingParams(max_tokens=30), MIXED[0]], ids=["greedy", "sampled"])
 def test_a_token_costs_one_launch_and_the_copy_of_itself(engine, machine, params):
     cuda, trt = machine()
     session = TrtSession(engine)
-    steps, _ = decoding(session, PROMPTS[0], dataclasses.replace(params, max_tokens=30))
+    pieces = streaming_tokens(session, PROMPTS[0], dataclasses.replace(params, max_tokens=30))
     plan, other = (GREEDY, SAMPLER) if params.greedy else (SAMPLER, GREEDY)
     cuda.calls.clear()
-    next(steps)
+    next(pieces)
     assert cuda.calls["cudaGraphInstantiate"] == 1 and cuda.calls["cudaGraphLaunch"] == 2
     for count in range(2, 12):
         cuda.calls.clear()
-        next(steps)
+        next(pieces)
         assert cuda.calls == {
             "cudaGraphLaunch": 1, "cudaMemcpyAsync": 1, "cudaEventRecord": 1, "cudaEventSynchronize": 1
         }  # fmt: skip
         # One run before the capture; of the step that was launched last nothing has been waited for.
         assert len(trt.runs_of(plan)) == len(trt.runs_of(PLAN)) == 1 + count
     cuda.calls.clear()
-    steps.close()
+    pieces.close()
     assert not cuda.calls
     session.close()
     assert len(trt.runs_of(plan)) == 1 + 12 and not trt.runs_of(other)
@@ -506,8 +508,7 @@ def test_nothing_is_launched_past_the_last_token(engine, machine, reference):
     cuda, trt = machine()
     session = TrtSession(engine)
     asked = SamplingParams(max_tokens=6, ignore_eos=True)
-    steps, _ = decoding(session, PROMPTS[0], asked)
-    made = [int(step[0]) for step in list(steps)]  # each step's array is the caller's own
+    made = [piece.token_id for piece in streaming_tokens(session, PROMPTS[0], asked)]
     assert made == tokens(reference, PROMPTS[:1], [asked])[0][0][1:] and len(made) == 5
     assert cuda.calls["cudaGraphLaunch"] == 5 and len(trt.runs_of(PLAN)) == 6
     session.close()
@@ -517,8 +518,8 @@ def test_a_stream_that_is_left_in_the_middle_hurts_nobody(engine, machine, refer
     machine()
     session = TrtSession(engine)
     for asked in (MIXED[:2], ASKED["greedy"][:2]):
-        steps, _ = decoding(session, PROMPTS[0], MIXED[0], copies=2)
-        next(steps), next(steps), steps.close()
+        pieces = streaming_tokens(session, PROMPTS[0], MIXED[0], copies=2)
+        next(pieces), next(pieces), pieces.close()
         assert tokens(session, PROMPTS[:2], asked) == tokens(reference, PROMPTS[:2], asked)
     session.close()
 
@@ -534,33 +535,33 @@ def test_memory_that_moves_captures_anew(engine, machine, reference):
 
     greedy = ASKED["greedy"]
     assert [captured(PROMPTS[:1], greedy[:1]) for _ in range(3)] == [1, 0, 0]
-    assert captured(PROMPTS, greedy) == 1  # more slots: the cache moved
+    assert captured(PROMPTS, greedy) == 3  # more slots: the cache moved; 1, 2 and 3 of them decode while others come
     assert captured(PROMPTS, greedy) == 0
-    session.step(np.zeros((1, CHUNK), np.int64), np.arange(CHUNK)[None], np.arange(CHUNK)[None])  # the logits move
+    wanted = np.arange(CHUNK)[None]
+    session.step(np.zeros((1, CHUNK), np.int64), wanted, wanted)  # the logits move
     assert not cuda.executables
-    assert captured(PROMPTS, greedy) == 1
-    assert captured(PROMPTS, MIXED) == 1 and len(cuda.executables) == 2  # another sampler, beside the first
-    assert captured(PROMPTS[:2], greedy[:2]) == 1 and len(cuda.executables) == 1  # another batch size
-    assert captured(PROMPTS, greedy) == 1
+    assert captured(PROMPTS, greedy) == 3
+    assert captured(PROMPTS, MIXED) > 0 and len(cuda.executables) > 3  # another sampler, beside the first
+    assert captured(PROMPTS[:2], greedy[:2]) == captured(PROMPTS, greedy) == 0
     session.close()
 
 
 def test_a_step_of_another_batch_size_between_does_not_break_a_graph(engine, machine, reference):
-    """The contexts that a graph was captured from take other shapes: it may not be launched any more."""
     cuda, _ = machine()
     session = TrtSession(engine)
     for _ in range(2):
         for each in (session, reference):
             assert tokens(each, PROMPTS[:2], ASKED["greedy"][:2])
-        assert len(cuda.executables) == 1
-        one = np.zeros((1, 1), np.int64)
-        session.step(one, one, one)
-        assert not cuda.executables
+        assert len(cuda.executables) == 2
+        for first in (0, 1):
+            one = np.zeros((1, 1), np.int64)
+            session.step(one, one, one, first)
+        assert len(cuda.executables) == 2
     assert tokens(session, PROMPTS[:2], MIXED[:2]) == tokens(reference, PROMPTS[:2], MIXED[:2])
     session.close()
 
 
-def test_graphs_are_as_many_as_buckets_and_samplers(engine, machine, monkeypatch):
+def test_graphs_are_as_many_as_slots_buckets_and_samplers(engine, machine, monkeypatch):
     monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", 8)
     cuda, trt = machine()
     session = TrtSession(engine)
@@ -569,13 +570,80 @@ def test_graphs_are_as_many_as_buckets_and_samplers(engine, machine, monkeypatch
             SamplingParams(ignore_eos=True, max_tokens=None),
             SamplingParams(temperature=1, max_tokens=None),
         ):
-            for copies in (1, 2):
+            for copies in (2, 1):
                 tokens(session, [PROMPTS[0]] * copies, [dataclasses.replace(params, ignore_eos=True)] * copies)
-    assert cuda.most_executables == 4  # 8, 16, 32 and 48 rows, of one sampler: other batch sizes came between
-    for params in (SamplingParams(ignore_eos=True), SamplingParams(temperature=1, ignore_eos=True)):
-        tokens(session, [PROMPTS[0]], [params])
-    assert cuda.most_executables == len(cuda.executables) == 8
-    assert len(trt.contexts) == 4 + 1 + 2
+    # 8, 16, 32 and 48 rows of one or two slots and either sampler; a first token comes from the prefill.
+    assert cuda.most_executables == len(cuda.executables) == 4 * 2 * 2
+    assert len(trt.contexts) == 4 * 2 + 1 + 2 * 2
+    session.close()
+
+
+QUEUE = [np.random.default_rng(seed).integers(0, 97, 1 + 5 * seed % 23).tolist() for seed in range(9)]
+
+
+@pytest.mark.parametrize("smallest", [8, runtime._SMALLEST_CONTEXT])
+def test_slots_are_refilled_while_others_decode(engine, machine, reference, monkeypatch, smallest):
+    """Nine requests of every kind in three slots; idle ones, and those whose prompt is coming, disturb nobody."""
+    monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", smallest)
+    cuda, trt = machine()
+    session = TrtSession(engine)
+    params = [each for kind in ("mixed", "sampled", "greedy, of different lengths") for each in ASKED[kind]]
+    params = [dataclasses.replace(each, max_tokens=min(each.max_tokens, 14)) for each in params]
+    alone = [tokens(reference, [prompt], [each])[0] for prompt, each in zip(QUEUE, params, strict=True)]
+    scheduler, order = Scheduler(session), []
+    for _ in range(2):  # the second time with what the cache still holds
+        made = requests(session.spec, QUEUE, params)
+        order = [piece.index for piece in scheduler.run(made, 3) if piece.completion]
+        assert [request.token_ids for request in made] == [said for said, _ in alone]
+    assert sorted(order) == [*range(9)] != order
+    assert {run["input_ids"][0] for run in trt.runs_of(PLAN)} == {1, 2, 3}
+    session.close()
+    assert not cuda.live
+
+
+def test_rows_of_another_slot_are_copied(engine, machine, reference):
+    """Slots two and three wait for what they share with the first, and take a copy."""
+    cuda, trt = machine()
+    session = TrtSession(engine)
+    shared = np.random.default_rng(0).integers(0, 97, 21).tolist()
+    prompts = [[*shared, 3], [*shared, 5, 6, 7], [*shared[:18], 9]]
+    asked = ASKED["greedy"]
+    expected = [tokens(reference, [prompt], [each])[0] for prompt, each in zip(prompts, asked)]
+    assert tokens(session, prompts, asked) == expected
+    assert cuda.calls["cudaMemcpy2DAsync"] == 2 * 6  # keys and values of three layers, for each of two
+    rows = sum(int(np.prod(run["input_ids"])) for run in trt.runs_of(PLAN, 1))
+    assert rows < 3 * 19
+    session.close()
+
+
+def test_drafts_are_checked_in_one_step(engine, machine, reference):
+    """Whatever is drafted, by whoever: the tokens are those of one step each, before and after it."""
+    cuda, trt = machine()
+    session = TrtSession(engine)
+    rng = np.random.default_rng(0)
+    plain = {}
+
+    class Guessing:
+        def draft(self, token_ids, most):
+            for prompt, answer in plain.values():
+                if token_ids[: len(prompt)] == prompt:
+                    rest = answer[len(token_ids) - len(prompt) :][:most]
+                    return Draft([token if rng.random() < 0.8 else 1 for token in rest], 0)
+
+    class Eager(Speculation):
+        def measured(self, sequences, rows, seconds):
+            super().measured(sequences, rows, 1.0)
+
+    for name in ("greedy", "sampled", "mixed"):
+        for count in (1, 3):
+            expected = tokens(reference, PROMPTS[:count], ASKED[name][:count])
+            plain = {index: (list(PROMPTS[index]), said) for index, (said, _) in enumerate(expected)}
+            speculation = Eager(Guessing)
+            made = requests(session.spec, PROMPTS[:count], ASKED[name][:count])
+            list(Scheduler(session, speculation=speculation).run(made, count))
+            assert [request.token_ids for request in made] == [said for said, _ in expected]
+            assert speculation.accepted > 0
+    assert {run["logits_index"][1] for run in trt.runs_of(PLAN, 1)} >= {1, 2, 4}
     session.close()
 
 
@@ -636,7 +704,7 @@ def test_memory_is_told_by_kind(engine, machine):
     tokens(session, PROMPTS, MIXED)
     last = session.memory()
     assert last.predicted.kv_cache == last.measured.kv_cache == 3 * kv
-    assert last.measured.activations == aligned(3 * CHUNK * 1000)
+    assert last.measured.activations == aligned(CHUNK * 1000)  # a chunk of rows, of however many prompts
     assert last.measured.total == cuda.used()
     # Logits, noise, marks, inputs and the range, each rounded up: as predicted but for that.
     assert 0 < last.measured.scratch - last.predicted.scratch < 256 * 30
@@ -683,7 +751,7 @@ def test_tensorrt_may_allocate_by_itself(engine, machine, reference, allocation)
     session = TrtSession(engine, allocation=allocation)
     for params in (MIXED, ASKED["greedy"]):
         assert tokens(session, PROMPTS, params) == tokens(reference, PROMPTS, params)
-    assert {context.strategy for context in trt.contexts} == {allocation} and len(trt.contexts) == 4
+    assert {context.strategy for context in trt.contexts} == {allocation}
     whole = 3 * CHUNK * CHUNK * 1000
     taken = {context.memory[1] for context in trt.contexts}
     assert taken == {whole, 1500} | ({3000} if allocation == "profile" else set())
@@ -898,7 +966,7 @@ def test_logits_that_are_not_numbers_end_the_request(engine, machine, asked):
     cuda, _ = machine()
     session = TrtSession(engine)
     made = requests(session.spec, PROMPTS[:2], asked[:2])
-    pieces = loop.generate(session, made)
+    pieces = Scheduler(session).run(made, len(made))
     next(pieces), next(pieces)  # the first token of both
     poison(cuda, session)
     with pytest.raises(UserError, match=r"logits are not numbers \(NaN or infinite\)"):
@@ -912,11 +980,11 @@ def test_log_probabilities_are_chosen_on_the_host(engine, machine, reference):
     session = TrtSession(engine)
     params = [dataclasses.replace(each, logprobs=2) for each in MIXED]
     assert tokens(session, PROMPTS, params) == tokens(reference, PROMPTS, params)
+    assert not cuda.calls["cudaGraphLaunch"] and not trt.runs_of(GREEDY) and not trt.runs_of(SAMPLER)
     both = [MIXED[0], params[1]]
     assert tokens(session, PROMPTS[:2], both) == tokens(reference, PROMPTS[:2], both)
-    assert not cuda.calls["cudaGraphLaunch"] and not trt.runs_of(GREEDY) and not trt.runs_of(SAMPLER)
     made = requests(session.spec, PROMPTS[:1], params[:1])
-    completion = [piece.completion for piece in loop.generate(session, made)][-1]
+    completion = [piece.completion for piece in Scheduler(session).run(made, 1)][-1]
     assert len(completion.logprobs) == len(completion.token_ids) and len(completion.logprobs[0].top) == 2
     session.close()
 

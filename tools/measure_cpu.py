@@ -39,7 +39,7 @@ def main() -> None:
     gguf, package = sys.argv[1:]
     torch.set_num_threads(2)
     model = transformers_model(gguf)
-    llm = LLM(package, threads=2)
+    llm = LLM(package, threads=2, reuse_prefixes=False)
     ids = np.random.default_rng(0).integers(100, 40000, PROMPT).tolist()
     ours, theirs = {"prefill": [], "decode": []}, {"prefill": [], "decode": []}
     params = SamplingParams(max_tokens=NEW + 1, temperature=0, ignore_eos=True)

@@ -63,6 +63,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="R")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="a text that ends the answer; may be repeated")
+    parser.add_argument(
+        "--speculation",
+        choices=("prompt-lookup",),
+        help="guess tokens from the text so far and check several in one step, where that is faster",
+    )
 
 
 def load(options: argparse.Namespace) -> "LLM":
@@ -77,6 +82,7 @@ def load(options: argparse.Namespace) -> "LLM":
         max_seq=options.max_seq,
         threads=options.threads,
         accuracy_level=options.accuracy_level,
+        speculation=getattr(options, "speculation", None),
         verify=not options.no_verify,
         **engine_options(options),
     )

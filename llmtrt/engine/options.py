@@ -37,8 +37,9 @@ class BuildOptions:
 
     @property
     def capacity(self) -> int:
-        """Rows of the KV cache of one sequence: ``max_seq``, and a chunk whose padding is written past it."""
-        return self.max_seq + self.chunk
+        """Rows of the KV cache of one sequence: ``max_seq``, and a chunk whose padding is written past it; a multiple of 16,
+        so that each sequence's begins where TensorRT lets a tensor begin."""
+        return -(-(self.max_seq + self.chunk) // 16) * 16
 
     def resolved(self, flavor: Flavor, max_seq: int) -> "BuildOptions":
         """The same with sizes, targets and flags settled for ``flavor`` and a package of ``max_seq`` tokens.

@@ -93,6 +93,12 @@ class Cuda:
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpyAsync", to.address, source.address, source.size, kind, self._stream)
 
+    def copy_2d(self, to: int, source: int, width: int, pitch: int, height: int) -> None:
+        """Copies ``height`` pieces of ``width`` bytes that begin ``pitch`` bytes apart, from address ``source`` to ``to``,
+        both on the device, in the stream's order."""
+        kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpy2DAsync", to, pitch, source, pitch, width, height, kind, self._stream)
+
     def capture(self, work: Callable[[], None]) -> Any:
         """What ``work`` puts on the stream as a graph for ``launch``; nothing of it runs now."""
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal

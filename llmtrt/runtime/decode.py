@@ -1,13 +1,14 @@
 """Decoding on the device: decoder and sampler back to back in one CUDA graph, so that a token costs one launch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
 from llmtrt.runtime.context import Context
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.kv_cache import aligned
-from llmtrt.runtime.session import Slot
+from llmtrt.runtime.session import Decoding
 
 # int64 [slots] each. The sampler's outputs lie apart from its and the decoder's inputs, in the inputs' order, so that one
 # copy at the end of a step makes them the next step's inputs.
@@ -25,7 +26,9 @@ class DecodeState:
         sizes = dict.fromkeys((*_NOW, *_NEXT, *_FIXED), 8 * slots)
         sizes |= dict.fromkeys(_PARAMS, 4 * slots)
         sizes |= {"noise": 4 * slots * capacity, "seen": slots * vocab_size, "next_seen": slots * vocab_size}
-        self._block = cuda.allocate(sum(map(aligned, sizes.values())))
+        total = sum(map(aligned, sizes.values()))
+        self._block = cuda.allocate(total)
+        cuda.zero(self._block, total, total, 1)  # a slot that nobody was admitted to computes something, too
         self._places, address = {}, self._block
         for name, size in sizes.items():
             self._places[name] = Region(address, size)
@@ -42,31 +45,26 @@ class DecodeState:
         return self._places
 
     def feed(self, input_ids: np.ndarray, positions: np.ndarray) -> None:
-        """The inputs of one decode step whose tokens the host chose, [B, 1] each."""
+        """The inputs of one decode step of the first B slots whose tokens the host chose, [B, 1] each."""
         self._put("input_ids", input_ids)
         self._put("positions", positions)
         self._put("logits_index", np.zeros(len(input_ids), np.int64))
 
-    def start(self, slots: Sequence[Slot], sampled: bool) -> None:
-        """The inputs of the first step of ``slots``, and all that the sampler has to know of each."""
-        self.feed(
-            np.array([slot.token for slot in slots], np.int64), np.array([slot.position for slot in slots], np.int64)
-        )
-        self._put("last_rows", np.full(len(slots), self._capacity - 1, np.int64))
-        if not sampled:
-            return
-        self._put("steps", np.zeros(len(slots), np.int64))
+    def admit(self, index: int, decoding: Decoding) -> None:
+        """The inputs of slot ``index`` for its first step, and all that the sampler has to know of it."""
+        self._place(index, decoding.token, decoding.position, self._capacity - 1)
+        params, sampler = decoding.params, decoding.sampler
+        self._put("steps", np.zeros(1, np.int64), index)
         for name in _PARAMS:
-            self._put(name, np.array([getattr(slot.params, name) for slot in slots], np.float32))
-        noise = np.zeros((len(slots), self._capacity), np.float32)
-        seen = np.zeros((len(slots), self._vocab_size), bool)
-        for row, slot in enumerate(slots):
-            drawn = slot.sampler.noise(min(slot.steps, self._capacity))
-            noise[row, : len(drawn)] = drawn
-            if slot.sampler.seen is not None:
-                seen[row] = slot.sampler.seen
-        self._put("noise", noise)
-        self._put("seen", seen)
+            self._put(name, np.array([getattr(params, name)], np.float32), index)
+        if not params.greedy:
+            self._put("noise", sampler.noise(min(decoding.steps, self._capacity)), index * self._capacity)
+        if sampler.seen is not None:
+            self._put("seen", sampler.seen, index * self._vocab_size)
+
+    def park(self, index: int, position: int) -> None:
+        """Keeps slot ``index`` at ``position``."""
+        self._place(index, 0, position, position)
 
     def advance(self, batch: int, sampled: bool) -> None:
         """Makes the sampler's outputs the next step's inputs; the last of a captured step."""
@@ -82,17 +80,26 @@ class DecodeState:
         self._cuda.download(tokens, self._places["tokens"].address)
         return tokens
 
-    def _put(self, name: str, array: np.ndarray) -> None:
+    def _place(self, index: int, token: int, position: int, last_row: int) -> None:
+        values = {"input_ids": token, "positions": position, "last_rows": last_row, "logits_index": 0}
+        for name, value in values.items():
+            self._put(name, np.array([value], np.int64), index)
+
+    def _put(self, name: str, array: np.ndarray, start: int = 0) -> None:
+        """Writes ``array`` from element ``start`` on."""
         # CUDA has read pageable memory when the call returns, so the array may go.
-        self._cuda.upload(self._places[name].address, np.ascontiguousarray(array))
+        self._cuda.upload(self._places[name].address + start * array.itemsize, np.ascontiguousarray(array))
 
 
 class DecodeLoop:
-    """Runs decode steps of a batch; a graph is captured for each context bucket and kind of sampler when it is first
-    needed, and kept until ``forget``.
+    """Runs decode steps, each behind the one before; a graph is captured for each number of slots, context bucket and kind
+    of sampler when it is first needed, and kept until ``forget``.
 
-    ``decoder(batch, bucket)`` and ``sampler(batch, sampled)`` give contexts that are ready to run. ``captures``: without,
+    ``decoder(slots, bucket)`` and ``sampler(slots, sampled)`` give contexts that are ready to run. ``captures``: without,
     each step is put on the stream anew.
+
+    Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
+    past a stop is discarded.
     """
 
     def __init__(
@@ -100,20 +107,16 @@ class DecodeLoop:
         cuda: Cuda,
         decoder: Callable[[int, int], Context],
         sampler: Callable[[int, bool], Context],
-        bucket: Callable[[int], int],
         captures: bool,
     ):
-        self._cuda, self._decoder, self._sampler, self._bucket = cuda, decoder, sampler, bucket
-        self._captures = captures
-        self._graphs: dict[tuple[int, int, bool], tuple[object, tuple[Context, Context]]] = {}
+        self._cuda, self._decoder, self._sampler, self._captures = cuda, decoder, sampler, captures
+        self._graphs: dict[tuple[int, int, bool], object] = {}
         self._events = [cuda.event() for _ in range(2)]
-
-    def uses(self, context: Context) -> bool:
-        """Whether a graph was captured from ``context``, which then has to keep its shapes."""
-        return any(context in contexts for _, contexts in self._graphs.values())
+        self._turn = 0
+        self._under_way: deque[tuple[object, np.ndarray]] = deque()
 
     def forget(self) -> None:
-        """Drops the graphs: memory that they use has moved, or a context of theirs is to take other shapes."""
+        """Drops the graphs: memory that they use has moved."""
         if self._graphs:
             self._cuda.drop_graphs()
             self._graphs = {}
@@ -122,38 +125,34 @@ class DecodeLoop:
         """Lets go of the contexts, once the session's CUDA has destroyed the graphs."""
         self._graphs = {}
 
-    def run(self, state: DecodeState, slots: Sequence[Slot]) -> Iterator[np.ndarray]:
-        """Yields the tokens, int64 [B], of each step, as many as the longest of ``slots`` has.
+    def discard(self) -> None:
+        """Nobody asks for the tokens of the steps under way."""
+        self._under_way.clear()
 
-        Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs, so that
-        what was computed past a stop is discarded when the generator is closed. −1: the logits were not numbers.
-        """
-        batch = len(slots)
-        sampled = any(not slot.params.greedy or slot.params.repetition_penalty != 1 for slot in slots)
-        state.start(slots, sampled)
-        before = None
-        for turn in range(max(slot.steps for slot in slots)):
-            # A slot that has done its own steps idles: what it still writes and sees means nothing.
-            last = max(slot.position + min(turn, slot.steps - 1) for slot in slots)
-            self._step(state, batch, self._bucket(last + 1), sampled)
-            tokens = state.fetch(turn, batch)
-            self._cuda.record(self._events[turn % 2])
-            if before is not None:
-                self._cuda.wait(self._events[(turn - 1) % 2])
-                yield before.copy()
-            before = tokens
-        if before is not None:
-            self._cuda.synchronize()
-            yield before.copy()
+    def start(self, state: DecodeState, slots: int, bucket: int, sampled: bool) -> None:
+        """Puts one step of the first ``slots`` slots on the stream."""
+        if len(self._under_way) == len(self._events):
+            raise ValueError("two steps are under way: ask for the tokens of the first")
+        self._step(state, slots, bucket, sampled)
+        tokens, event = state.fetch(self._turn, slots), self._events[self._turn % 2]
+        self._cuda.record(event)
+        self._under_way.append((event, tokens))
+        self._turn += 1
 
-    def _step(self, state: DecodeState, batch: int, bucket: int, sampled: bool) -> None:
-        key = batch, bucket, sampled
+    def tokens(self) -> np.ndarray:
+        """Waits for the earliest step under way: int64 [slots]; −1: the logits were not numbers."""
+        event, tokens = self._under_way.popleft()
+        self._cuda.wait(event)
+        return tokens.copy()
+
+    def _step(self, state: DecodeState, slots: int, bucket: int, sampled: bool) -> None:
+        key = slots, bucket, sampled
         if key in self._graphs:
-            self._cuda.launch(self._graphs[key][0])
+            self._cuda.launch(self._graphs[key])
             return
-        self._decoder(batch, bucket)
-        sampler = self._sampler(batch, sampled)  # it may move the activations that the decoder was told of
-        decoder = self._decoder(batch, bucket)
+        self._decoder(slots, bucket)
+        sampler = self._sampler(slots, sampled)  # it may move the activations that the decoder was told of
+        decoder = self._decoder(slots, bucket)
 
         def work() -> None:
             decoder.run()
@@ -161,11 +160,11 @@ class DecodeLoop:
 
         def step() -> None:
             work()
-            state.advance(batch, sampled)
+            state.advance(slots, sampled)
 
         if not self._captures:
             step()
             return
         work()  # TensorRT sets up what depends on shapes in a first run; without advance() it changes nothing
-        self._graphs[key] = self._cuda.capture(step), (decoder, sampler)
-        self._cuda.launch(self._graphs[key][0])
+        self._graphs[key] = self._cuda.capture(step)
+        self._cuda.launch(self._graphs[key])

@@ -21,6 +21,7 @@ class KvCache:
         self._cuda = cuda
         self.slots = 0  # that there is memory for
         self._block = 0
+        self._used = (0, 0)  # slots and rows of each that hold something
         self._tensors = []  # past_*, its shape without the batch, its bytes per slot
         self.aliased = True  # whether the plan itself updates every one in place
         for index in range(engine.num_io_tensors):
@@ -39,6 +40,11 @@ class KvCache:
         """The rows of the tensors, of which there should be one number."""
         return {shape[1] for _, shape, _ in self._tensors}
 
+    @property
+    def slots_are_aligned(self) -> bool:
+        """Whether a tensor may begin at any slot."""
+        return all(size % _ALIGNMENT == 0 for *_, size in self._tensors)
+
     def bytes_for(self, slots: int) -> int:
         return sum(aligned(slots * size) for *_, size in self._tensors)
 
@@ -47,28 +53,45 @@ class KvCache:
         return {past: (batch, *shape) for past, shape, _ in self._tensors}
 
     def allocate(self, slots: int) -> None:
+        """Takes memory for ``slots`` slots, in which nothing is set: ``zero`` it."""
         self._block = self._cuda.allocate(self.bytes_for(slots))
         self.slots = slots
+        self.used(slots, max(self.capacities()))
 
     def free(self) -> None:
         self._cuda.free(self._block)
         self._block = self.slots = 0
+        self._used = (0, 0)
 
-    def places(self) -> dict[str, Region]:
-        """Where each input and output lies."""
+    def places(self, first: int = 0) -> dict[str, Region]:
+        """Where each input and output lies, of the slots from ``first`` on."""
         found, offset = {}, self._block
         for past, _, size in self._tensors:
-            found[past] = found[_present(past)] = Region(offset, self.slots * size)
+            found[past] = found[_present(past)] = Region(offset + first * size, (self.slots - first) * size)
             offset += aligned(self.slots * size)
         return found
 
-    def zero(self, slots: int, rows: int) -> None:
-        """Zeroes the first ``rows`` rows of ``slots`` slots: what nobody wrote has weight 0 in attention, and 0 times
-        what an earlier request left there may be NaN."""
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        """Copies the first ``rows`` rows of slot ``source`` to slot ``target``."""
         offset = self._block
         for _, (heads, capacity, _), size in self._tensors:
             pitch = size // heads
-            self._cuda.zero(offset, pitch // capacity * rows, pitch, slots * heads)
+            self._cuda.copy_2d(offset + target * size, offset + source * size, pitch // capacity * rows, pitch, heads)
+            offset += aligned(self.slots * size)
+
+    def used(self, slots: int, rows: int) -> None:
+        """The first ``rows`` rows of the first ``slots`` slots may be written from now on."""
+        self._used = max(slots, self._used[0]), max(rows, self._used[1])
+
+    def zero(self) -> None:
+        """Zeroes what may have been written: a row that nobody wrote has weight 0 in attention, and 0 times what lies there
+        may be NaN."""
+        (slots, rows), self._used = self._used, (0, 0)
+        offset = self._block
+        for _, (heads, capacity, _), size in self._tensors:
+            pitch = size // heads
+            if slots:
+                self._cuda.zero(offset, pitch // capacity * rows, pitch, slots * heads)
             offset += aligned(self.slots * size)
 
 

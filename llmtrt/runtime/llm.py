@@ -9,12 +9,14 @@ from typing import Self
 import numpy as np
 
 from llmtrt.errors import UserError
-from llmtrt.runtime import loop
 from llmtrt.runtime.footprint import MemoryUse
 from llmtrt.runtime.load import Loaded, load
 from llmtrt.runtime.params import SamplingParams, check_integer
 from llmtrt.runtime.request import Completion, Piece, Request
+from llmtrt.runtime.scheduler import Scheduler
 from llmtrt.runtime.session import DeviceSession
+from llmtrt.runtime.speculation import Speculation
+from llmtrt.runtime.stream import Stream
 from llmtrt.runtime.tokenizer import TOKENIZER, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -23,6 +25,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 ENGINE_OPTIONS = frozenset(
     "weight_budget package allocation kernel_specialization cuda_graphs kernel_cache trust_host_code".split()
 )
+SPECULATION = ("prompt-lookup",)
 _LOGITS_BYTES = 64 << 20  # of one step where every token's logits are wanted
 
 
@@ -31,12 +34,16 @@ class LLM:
 
     ``path``: a package (made by `llmtrt quantize`) or an engine (by `llmtrt build`). ``runtime``: ``tensorrt``,
     ``onnxruntime``, or ``auto``: TensorRT for an engine, ONNX Runtime for a package, and for the package of an engine
-    that cannot run here (``notice`` then says why). ``max_batch``: how many prompts are generated together; more than
-    that go in turns. ``max_seq``: the most tokens of a prompt and its answer together (None: what the model or engine
-    has); memory for them is taken only as requests need it. ``chunk``, ``threads``, ``accuracy_level``: see
-    ``OrtSession``; they do nothing on TensorRT. ``verify=False`` skips the SHA-256 of the files. For an engine, see
-    ``TrtSession`` on ``weight_budget``, ``package`` (a path here), ``allocation``, ``kernel_specialization``,
-    ``cuda_graphs``, ``kernel_cache`` and ``trust_host_code``.
+    that cannot run here (``notice`` then says why). ``max_batch``: how many prompts are generated together; of more than
+    that, each takes the place of one that has ended. ``max_seq``: the most tokens of a prompt and its answer together
+    (None: what the model or engine has); memory for them is taken only as requests need it. ``chunk``, ``threads``,
+    ``accuracy_level``: see ``OrtSession``; they do nothing on TensorRT. ``reuse_prefixes``: a prompt that begins as one
+    before it did, such as a chat's next turn or one with the same system prompt, is computed from where it differs.
+    ``speculation``: ``prompt-lookup`` guesses what follows from what followed in the text so far, and checks several
+    tokens in one step where that is faster; tokens stay those of one step each, but for logits that differ in their last
+    bits. ``verify=False`` skips the SHA-256 of the files. For an engine, see ``TrtSession`` on ``weight_budget``,
+    ``package`` (a path here), ``allocation``, ``kernel_specialization``, ``cuda_graphs``, ``kernel_cache`` and
+    ``trust_host_code``.
 
     Attributes: ``spec`` (``ModelSpec``), ``runtime`` (a description for a person), ``notice`` (a sentence or None),
     ``max_batch``, ``max_seq``, ``tokenizer`` (None where the model has none), ``default_params`` (``SamplingParams``
@@ -54,27 +61,46 @@ class LLM:
         chunk: int | None = None,
         threads: int | None = None,
         accuracy_level: int = 4,
+        reuse_prefixes: bool = True,
+        speculation: str | None = None,
         verify: bool = True,
         **engine_options: object,
     ):
         _check_limits(max_batch, max_seq)
         if unknown := engine_options.keys() - ENGINE_OPTIONS:
             raise UserError(f"LLM has no option {', '.join(sorted(unknown))}: see its documentation")
+        if speculation not in (None, *SPECULATION):
+            raise UserError(f"speculation should be {', '.join(SPECULATION)} or None, but is {speculation!r}")
         options = {"threads": threads, "accuracy_level": accuracy_level} | ({} if chunk is None else {"chunk": chunk})
         loaded = load(Path(path), runtime, verify, engine_options, options)
-        self._set_up(loaded, max_batch, max_seq)
+        self._set_up(loaded, max_batch, max_seq, reuse_prefixes, Speculation() if speculation else None)
 
     @classmethod
-    def from_loaded(cls, loaded: Loaded, max_batch: int = 8, max_seq: int | None = None) -> Self:
+    def from_loaded(
+        cls,
+        loaded: Loaded,
+        max_batch: int = 8,
+        max_seq: int | None = None,
+        reuse_prefixes: bool = True,
+        speculation: Speculation | None = None,
+    ) -> Self:
         """An LLM over a session of the caller's own, which ``close`` closes, and so does a failure to read the folder."""
         _check_limits(max_batch, max_seq)
         llm = cls.__new__(cls)
-        llm._set_up(loaded, max_batch, max_seq)
+        llm._set_up(loaded, max_batch, max_seq, reuse_prefixes, speculation)
         return llm
 
-    def _set_up(self, loaded: Loaded, max_batch: int, max_seq: int | None) -> None:
+    def _set_up(
+        self,
+        loaded: Loaded,
+        max_batch: int,
+        max_seq: int | None,
+        reuse_prefixes: bool,
+        speculation: Speculation | None,
+    ) -> None:
         self._session = loaded.session
-        self._turn, self._closed = 0, False
+        self._scheduler = Scheduler(self._session, reuse_prefixes, speculation)
+        self._turn, self._closed, self._running = 0, False, None
         try:
             self._read(loaded, max_batch, max_seq)
         except BaseException:
@@ -118,10 +144,11 @@ class LLM:
         completions = self._finish(self._start(prompts, params, called))
         return completions if many else completions[0]
 
-    def generate_stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Iterator[Piece]:
+    def generate_stream(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Stream:
         """As ``generate``, token by token; with many prompts, ``Piece.index`` says whose a piece is.
 
-        A prompt's last piece carries its completion. Any later call on this LLM ends the stream.
+        A prompt's last piece carries its completion. ``Stream.cancel`` ends one prompt; any later call on this LLM ends the
+        stream.
         """
         called = time.perf_counter()
         return self._start(_as_many(prompts)[0], params, called)
@@ -137,7 +164,7 @@ class LLM:
 
     def chat_stream(
         self, messages: Sequence[dict], params: SamplingParams | None = None, **variables: object
-    ) -> Iterator[Piece]:
+    ) -> Stream:
         """As ``chat``, token by token; ``Piece.text`` is what can be printed by now."""
         called = time.perf_counter()
         text = self._with_tokenizer().render_chat(messages, **variables)
@@ -156,7 +183,7 @@ class LLM:
         self._require_open()
         ids = self._checked(token_ids, self.max_seq)
         turn = self._next_turn()
-        for part in loop.logits_of(self._session, ids, max(1, _LOGITS_BYTES // (4 * self.spec.vocab_size))):
+        for part in self._scheduler.logits(ids, max(1, _LOGITS_BYTES // (4 * self.spec.vocab_size))):
             yield part
             self._in_turn(turn)  # before the next step writes to the cache
 
@@ -168,6 +195,7 @@ class LLM:
     def close(self) -> None:
         """Frees the model's memory and ends its streams; calling it twice is fine."""
         self._closed = True
+        self._end_running()
         self._session.close()
 
     def __enter__(self) -> Self:
@@ -176,7 +204,7 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, prompts: list[Prompt], params: Params, called: float, continues: bool = True) -> Iterator[Piece]:
+    def _start(self, prompts: list[Prompt], params: Params, called: float, continues: bool = True) -> Stream:
         """Checks everything now, so that a mistake is told by the call and not by the first piece."""
         self._require_open()
         if params is None or isinstance(params, SamplingParams):
@@ -195,37 +223,41 @@ class LLM:
                 raise UserError(f"stop strings need a tokenizer, and {self._folder} has none: use stop_token_ids")
             self._require_ids("stop_token_ids: ", each.stop_token_ids)
         ids = [self._checked(prompt, self.max_seq - 1) for prompt in prompts]
-        return self._run(ids, params, called, continues, self._next_turn())
+        requests = [
+            Request(
+                index,
+                prompt,
+                each,
+                self.spec,
+                self.max_seq,
+                self.tokenizer,
+                called,
+                prompt.tolist() if continues else (),
+            )
+            for index, (prompt, each) in enumerate(zip(ids, params))
+        ]
+        return Stream(self._run(requests, self._next_turn()), requests)
 
-    def _run(
-        self, prompts: list[np.ndarray], params: list[SamplingParams], called: float, continues: bool, turn: int
-    ) -> Iterator[Piece]:
-        for start in range(0, len(prompts), self.max_batch):
-            requests = [
-                Request(
-                    index,
-                    prompts[index],
-                    params[index],
-                    self.spec,
-                    self.max_seq,
-                    self.tokenizer,
-                    called,
-                    prompts[index].tolist() if continues else (),
-                )
-                for index in range(start, min(start + self.max_batch, len(prompts)))
-            ]
+    def _run(self, requests: list[Request], turn: int) -> Iterator[Piece]:
+        self._in_turn(turn)
+        self._running = self._scheduler.run(requests, self.max_batch)
+        for piece in self._running:
+            yield piece
             self._in_turn(turn)
-            for piece in loop.generate(self._session, requests):
-                yield piece
-                self._in_turn(turn)
 
     def _finish(self, pieces: Iterator[Piece]) -> list[Completion]:
         done = {piece.index: piece.completion for piece in pieces if piece.completion}
         return [done[index] for index in range(len(done))]
 
     def _next_turn(self) -> int:
+        self._end_running()
         self._turn += 1
         return self._turn
+
+    def _end_running(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
     def _in_turn(self, turn: int) -> None:
         """There is one KV cache: a stream that was left for another call cannot go on."""

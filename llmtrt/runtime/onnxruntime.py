@@ -74,15 +74,19 @@ class OrtSession:
             for kind in ("key", "value")
         ]
         self.description = f"ONNX Runtime {ort.__version__}, CPU, {threads} thread{'s' if threads > 1 else ''}"
-        self._binding = None
+        self._bindings: dict[tuple[int, int], object] = {}  # by the slots of a step: the first, and how many
+        self._last = None
         self._buffers: list[np.ndarray] = []
         self._capacity = 0
 
-    def reserve(self, slots: int, max_seq: int) -> None:
-        """See ``Session``. A fresh cache costs pages only where it is written, so every call makes one."""
+    def reserve(self, slots: int, max_seq: int, keep: Sequence[int] = ()) -> int:
+        """See ``Session``. A cache that is there and large enough stays; a new one costs pages only where it is written."""
         if self._session is None:
             raise UserError(f"{self._path} is closed: load it again")
         capacity = max_seq + self.chunk
+        if any(keep) and self._buffers and slots <= len(self._buffers[0]) and capacity <= self._capacity:
+            return len(self._buffers[0])
+        old = self._buffers if any(keep) else []
         self._release()
         needed = slots * capacity * self.spec.kv_bytes_per_token() + slots * self.spec.vocab_size * 4
         require(
@@ -91,23 +95,21 @@ class OrtSession:
             "use a smaller max_seq (or max_tokens) or a smaller max_batch",
         )
         shape = (slots, self.spec.kv_heads, capacity, self.spec.head_dim)
-        binding = self._session.io_binding()
-        for past, present in self._caches:
-            # Zeros: a row that nobody wrote has weight 0 in attention, and 0 times whatever lies there may be NaN.
-            buffer = np.zeros(shape, self.spec.kv_dtype)
-            value = self._ort.OrtValue.ortvalue_from_numpy(buffer)
-            if value.data_ptr() != buffer.ctypes.data:
-                raise RuntimeError("ONNX Runtime copied the KV cache: it would not be updated in place")
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
-            self._buffers.append(buffer)
-        self._binding = binding
+        # Zeros: a row that nobody wrote has weight 0 in attention, and 0 times whatever lies there may be NaN.
+        self._buffers = [np.zeros(shape, self.spec.kv_dtype) for _ in self._caches]
+        kept = min(slots, len(keep)) if old else 0
+        for buffer, before in zip(self._buffers, old):
+            for slot, rows in enumerate(keep[:kept]):
+                buffer[slot, :, :rows] = before[slot, :, :rows]
         self._capacity = capacity
         self._range = np.arange(capacity, dtype=np.int64)
+        return kept
 
-    def step(self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray) -> np.ndarray:
+    def step(
+        self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray, first: int = 0
+    ) -> np.ndarray:
         """See ``Session``."""
-        binding = self._binding
+        binding = self._bound(first, len(input_ids))
         # The range covers rows of padding as well: a row that may attend to nothing would be NaN, and be cached.
         length = min(self._capacity, -(-(int(positions.max()) + 1) // _RANGE_STEP) * _RANGE_STEP)
         feeds = {
@@ -121,11 +123,17 @@ class OrtSession:
         for name in (*self._debug_tensors, "logits"):
             binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
+        self._last = binding
         return binding.get_outputs()[-1].numpy()
+
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        """See ``Session``."""
+        for buffer in self._buffers:
+            buffer[target, :, :rows] = buffer[source, :, :rows]
 
     def debug_values(self) -> dict[str, np.ndarray]:
         """What the last step computed for each of the ``debug_tensors``."""
-        values = self._binding.get_outputs()[len(self._caches) : -1]
+        values = self._last.get_outputs()[len(self._caches) : -1]
         return {name: value.numpy() for name, value in zip(self._debug_tensors, values)}
 
     def close(self) -> None:
@@ -133,8 +141,22 @@ class OrtSession:
         self._release()
         self._session = None
 
+    def _bound(self, first: int, slots: int) -> object:
+        """The binding of those slots' cache."""
+        if (first, slots) not in self._bindings:
+            binding = self._session.io_binding()
+            for (past, present), buffer in zip(self._caches, self._buffers):
+                part = buffer[first : first + slots]
+                value = self._ort.OrtValue.ortvalue_from_numpy(part)
+                if value.data_ptr() != part.ctypes.data:
+                    raise RuntimeError("ONNX Runtime copied the KV cache: it would not be updated in place")
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+            self._bindings[first, slots] = binding
+        return self._bindings[first, slots]
+
     def _release(self) -> None:
-        self._binding = None
+        self._bindings, self._last = {}, None
         self._buffers = []
         self._capacity = 0
 

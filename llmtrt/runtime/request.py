@@ -10,7 +10,7 @@ from llmtrt.package import ModelSpec
 from llmtrt.runtime.detokenize import Detokenizer, TextStream
 from llmtrt.runtime.params import SamplingParams
 from llmtrt.runtime.sampling import Sampler, TokenLogprob
-from llmtrt.runtime.session import Slot
+from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.tokenizer import Tokenizer
 
 
@@ -20,7 +20,8 @@ class Completion:
 
     ``text``: the decoded tokens up to the stop token or stop string, which are not in it; empty for a model without a
     tokenizer. ``token_ids`` has every generated token, the stop token too. ``finish_reason``, in OpenAI's words:
-    ``stop`` (an EOS id, a stop id or a stop string), or ``length`` (max_tokens reached, or the context full).
+    ``stop`` (an EOS id, a stop id or a stop string), or ``length`` (max_tokens reached, or the context full); or
+    ``cancelled``.
     ``logprobs`` has one entry a token where asked for. ``ttft``: seconds from the call to the first token, the
     wait for its turn included where there are more prompts than ``max_batch``.
     ``tokens_per_second``: the rate of the tokens after the first; None where there is but one.
@@ -31,7 +32,7 @@ class Completion:
     prompt_tokens: int
     finish_reason: str
     logprobs: list[TokenLogprob] | None
-    ttft: float
+    ttft: float | None
     tokens_per_second: float | None
 
 
@@ -39,12 +40,12 @@ class Completion:
 class Piece:
     """One generated token of prompt ``index``: the text that can be shown by now, often ahead or behind of its token.
 
-    Joined, the texts are the completion's text. The last piece has the ``completion``.
+    Joined, the texts are the completion's text. The last piece has the ``completion``; a cancelled prompt's has no token.
     """
 
     index: int
     text: str
-    token_id: int
+    token_id: int | None
     logprob: TokenLogprob | None = None
     completion: Completion | None = field(default=None, repr=False)
 
@@ -78,6 +79,7 @@ class Request:
         self.most_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         self.token_ids: list[int] = []
         self.finished = False
+        self.cancelled = False  # asked for, by anyone at any time; the scheduler then ends it
         self._sampler = Sampler(params, spec.vocab_size, prompt)
         self._stop_ids = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else {*spec.eos_token_ids}
@@ -99,10 +101,19 @@ class Request:
         """Whether the host has to see every step's logits."""
         return self._logprobs is not None
 
-    def slot(self) -> Slot:
-        """Where decoding goes on after the tokens so far; a finished request idles for one step."""
-        left = max(1, self.most_tokens - len(self.token_ids))
-        return Slot(self.token_ids[-1], self.length - 1, left, self._sampler.params, self._sampler)
+    @property
+    def left(self) -> int:
+        """The most tokens that are still to come."""
+        return self.most_tokens - len(self.token_ids)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each token is the likeliest of the logits as they are."""
+        return self._sampler.params.greedy and self._sampler.params.repetition_penalty == 1
+
+    def decoding(self) -> Decoding:
+        """Where decoding goes on after the tokens so far."""
+        return Decoding(self.token_ids[-1], self.length - 1, self.left, self._sampler.params, self._sampler)
 
     def accept(self, logits: np.ndarray) -> Piece:
         """Takes the next token from ``logits``, fp32 [V]."""
@@ -112,6 +123,12 @@ class Request:
         """Takes the next token as the device chose it; UserError for −1, its word for logits that are not numbers."""
         self._sampler.take(token)
         return self._push(token)
+
+    def cancel(self) -> Piece:
+        """Ends it with what it has; the text that was held back for a stop string to go on with it."""
+        rest = self._stream.flush()[0] if self._stream else ""
+        self._texts.append(rest)
+        return Piece(self.index, rest, None, completion=self._complete("cancelled"))
 
     def _push(self, token: int, logprob: TokenLogprob | None = None) -> Piece:
         if not self.token_ids:
@@ -142,6 +159,6 @@ class Request:
             prompt_tokens=len(self.prompt),
             finish_reason=reason,
             logprobs=self._logprobs,
-            ttft=self._first - self._called,
-            tokens_per_second=later / seconds if later and seconds else None,
+            ttft=self._first - self._called if self.token_ids else None,
+            tokens_per_second=later / seconds if later > 0 and seconds else None,
         )

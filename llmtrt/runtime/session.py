@@ -1,6 +1,6 @@
-"""What the token loop needs of a loaded model, whichever runtime holds it."""
+"""What the scheduler needs of a loaded model, whichever runtime holds it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -13,9 +13,10 @@ from llmtrt.runtime.sampling import Sampler
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where one sequence stands when decoding starts: its last ``token``, not yet in the KV cache, goes to ``position``;
-    at most ``steps`` more are wanted, chosen as ``params`` say. ``sampler`` has the noise and the tokens seen so far."""
+class Decoding:
+    """Where one sequence stands when the device takes it over: its last ``token``, not yet in the KV cache, goes to
+    ``position``; at most ``steps`` more are wanted, chosen as ``params`` say. ``sampler`` has the noise and the tokens
+    seen so far."""
 
     token: int
     position: int
@@ -27,25 +28,33 @@ class Slot:
 class Session(Protocol):
     """Weights and a KV cache in a runtime's memory.
 
-    Slot b of the batch owns row b of the KV cache. One step runs S tokens of every slot: row i of slot b is token
-    ``input_ids[b, i]`` at absolute position ``positions[b, i]``; positions of one slot are consecutive within a step. Its
-    key and value are written at that position and it attends to every position of its slot up to its own (or to those in
-    its window). Rows of padding, and idle slots, carry positions from the slot's own length on: what they write there is
-    overwritten before anything reads it.
+    The cache has a row of its own for each slot. One step runs S tokens of each of some slots that lie side by side: row i
+    of slot b is token ``input_ids[b, i]`` at absolute position ``positions[b, i]``; positions of one slot are consecutive
+    within a step. Its key and value are written at that position and it attends to every position of its slot up to its
+    own (or to those in its window). Rows of padding, and idle slots, carry positions past everything that is still to be
+    read: what they write there is overwritten before anything reads it.
     """
 
     spec: ModelSpec
     description: str  # for a person: "ONNX Runtime 1.32.0, CPU, 2 threads"
     chunk: int  # the most rows S that one step takes
 
-    def reserve(self, slots: int, max_seq: int) -> None:
+    def reserve(self, slots: int, max_seq: int, keep: Sequence[int] = ()) -> int:
         """Makes room for ``slots`` sequences of up to ``max_seq`` tokens (the KV cache holds ``max_seq + chunk`` rows).
 
-        Earlier cache contents are lost. Raises UserError where that is more than the memory or the engine holds.
+        ``keep[b]``: the rows of slot b, from the first on, that should stay as they are. Returns how many slots, from the
+        first on, kept theirs; all else in the cache is lost. Raises UserError where that is more than the memory or the
+        engine holds.
         """
 
-    def step(self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray) -> np.ndarray:
-        """Logits, fp32 [B, K, V], of the rows ``logits_index`` [B, K] of int64 ``input_ids`` and ``positions`` [B, S]."""
+    def step(
+        self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray, first: int = 0
+    ) -> np.ndarray:
+        """Logits, fp32 [B, K, V], of the rows ``logits_index`` [B, K] of int64 ``input_ids`` and ``positions`` [B, S], for
+        the slots ``first`` … ``first`` + B − 1."""
+
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        """Copies the first ``rows`` rows of the cache of slot ``source`` to those of slot ``target``."""
 
     def close(self) -> None:
         """Frees what the session holds; calling it twice is fine."""
@@ -53,14 +62,28 @@ class Session(Protocol):
 
 @runtime_checkable
 class DeviceSession(Session, Protocol):
-    """A session that chooses tokens where the logits are, and feeds them back by itself."""
+    """A session that chooses tokens where the logits are, and feeds them back by itself.
 
-    def decode(self, slots: Sequence[Slot]) -> Iterator[np.ndarray]:
-        """The next tokens, int64 [B], of every slot of the batch, step by step, after ``step`` ran their prompts.
+    Its steps run one behind the other; the host may ask for a step's tokens while the next runs. ``step`` for a slot
+    leaves nothing that ``decode`` could go on from: the slot has to be admitted again.
+    """
 
-        As many as the longest of ``slots`` wants; what comes for a slot past its own is to be ignored. A token is −1
-        where the logits were not numbers. Closing the iterator ends it.
+    def admit(self, index: int, decoding: Decoding) -> None:
+        """From the next ``decode`` on, slot ``index`` decodes what ``decoding`` says."""
+
+    def park(self, index: int, position: int) -> None:
+        """From the next ``decode`` on, slot ``index`` idles: it writes to row ``position`` of its cache and no other."""
+
+    def decode(self, slots: int, length: int, greedy: bool) -> None:
+        """Starts the next step of the first ``slots`` slots, none of whose positions is ``length`` or more.
+
+        ``greedy``: no slot that counts wants anything but the likeliest token of the logits as they are. Two steps at most
+        may be under way.
         """
+
+    def tokens(self) -> np.ndarray:
+        """Waits for the earliest step under way: the next token, int64 [slots], of each; −1 where the logits were not
+        numbers."""
 
     def memory(self) -> MemoryUse:
         """The device's memory by kind."""

@@ -1,6 +1,6 @@
 """The session on a TensorRT engine: weights, KV cache and activations in the memory of one GPU."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from llmtrt.engine.manifest import GREEDY, PLAN, SAMPLER, Engine
 from llmtrt.engine.refit import refit
 from llmtrt.errors import UserError
 from llmtrt.package import Package
-from llmtrt.runtime.context import Context, Settings, Shapes
+from llmtrt.runtime.context import Context, Settings
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.decode import DecodeLoop, DecodeState
 from llmtrt.runtime.footprint import Footprint, MemoryUse, predict, room_for_weights, state_bytes
 from llmtrt.runtime.kernel_cache import KernelCache, default_folder
 from llmtrt.runtime.kv_cache import KvCache, aligned
-from llmtrt.runtime.session import Slot
+from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.streaming import WeightBudget
 
 _DECODE, _PREFILL = 0, 1  # profiles of the engine
@@ -33,9 +33,9 @@ _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16}
 class TrtSession:
     """A ``DeviceSession`` on TensorRT, on the machine's first GPU.
 
-    Contexts for prefill, for decode (S = K = 1; one for each context bucket, as a captured CUDA graph needs its own) and
-    for the sampler share the weights, the KV cache, which each layer updates in place, and one block of activation
-    memory, since no two of them run at the same time.
+    Contexts for prefill, for decode (S = K = 1) and for the sampler (one for each number of slots and context bucket, as a
+    captured CUDA graph needs its own) share the weights, the KV cache, which each layer updates in place, and one block of
+    activation memory, since no two of them run at the same time.
 
     ``package``: fills a plan without weights, or one that takes any, instead of the package it was built from.
     ``allocation``: "user" (one block for all, as large as the shapes in use need), "profile" or "static" (TensorRT
@@ -108,14 +108,14 @@ class TrtSession:
         try:
             self._free_at_start = self._cuda.free_bytes()
             self._load(engine, package, budget, gpu, kernel_folder, trust_host_code, verify)
-            self._loop = DecodeLoop(self._cuda, self._decoder, self._sampler, self._bucket, cuda_graphs)
+            self._loop = DecodeLoop(self._cuda, self._decoder, self._sampler, cuda_graphs)
         except BaseException:
             self.close()
             raise
         kernels = f", {self._settings.specialization} kernel specialization" if self._settings.specialization else ""
         self.description = f"TensorRT {self._flavor.name} {self._flavor.version}, {gpu.name}{kernels}"
 
-    def reserve(self, slots: int, max_seq: int) -> None:
+    def reserve(self, slots: int, max_seq: int, keep: Sequence[int] = ()) -> int:
         """See ``Session``; the cache of each slot has the rows that the engine was built for."""
         if not self._engines:
             raise UserError(f"{self._path} is closed: load it again")
@@ -129,6 +129,7 @@ class TrtSession:
                 f"{self._path} was built for {self._max_seq} tokens, not {max_seq}: ask for fewer, or build "
                 f"it with --max-seq {max_seq}"
             )
+        self._loop.discard()
         grows, self._reserved = slots > self._kv.slots, (0, 0)
         if grows:
             self._free_slots()
@@ -136,25 +137,34 @@ class TrtSession:
         if grows:
             self._allocate_slots(slots)
         rows = min(self._capacity, max_seq + self.chunk)
-        self._kv.zero(slots, self._bucket(rows))
+        keeps = any(keep) and not grows
+        if not keeps:
+            self._kv.zero()
+        self._kv.used(slots, self._bucket(rows))
         self._reserved = slots, rows
+        return self._kv.slots if keeps else 0
 
-    def step(self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray) -> np.ndarray:
+    def step(
+        self, input_ids: np.ndarray, positions: np.ndarray, logits_index: np.ndarray, first: int = 0
+    ) -> np.ndarray:
         """See ``Session``."""
         batch, rows = input_ids.shape
         wanted, last = logits_index.shape[1], int(positions.max())
         slots, room = self._reserved
-        if batch > slots or rows > self.chunk or last >= room:
+        if first + batch > slots or rows > self.chunk or last >= room:
             # TensorRT would drop the rows beyond the cache without a word.
-            raise ValueError(f"a step of {batch} × {rows} rows up to position {last} is more than what was reserved")
+            raise ValueError(
+                f"a step of {batch} × {rows} rows from slot {first} on, up to position {last}, is more than what was "
+                "reserved"
+            )
         # Everything below is on one stream: the copies run before the step that reads them, so nobody waits in between.
         # The pinned array may be written again only after the copies from it have run, which the wait for the logits at
         # the end assures. A caller that did not wait would need TensorRT's set_input_consumed_event, or a second array.
-        if rows == wanted == 1:
+        if rows == wanted == 1 and first == 0:
             context = self._decoder(batch, self._bucket(last + 1))
             self._state.feed(input_ids, positions)
         else:
-            context = self._prefill(batch, rows, wanted, self._bucket(last + 1))
+            context = self._prefill(first, batch, rows, wanted, self._bucket(last + 1))
             places = self._input_places()
             for name, values in zip(_INPUTS, (input_ids, positions, logits_index)):
                 offset = (places[name].address - self._inputs.address) // 8
@@ -168,13 +178,32 @@ class TrtSession:
         self._cuda.synchronize()
         return logits.reshape(batch, wanted, self.spec.vocab_size).copy()
 
-    def decode(self, slots: Sequence[Slot]) -> Iterator[np.ndarray]:
+    def copy_rows(self, source: int, target: int, rows: int) -> None:
+        """See ``Session``."""
+        self._kv.copy_rows(source, target, rows)
+
+    def admit(self, index: int, decoding: Decoding) -> None:
+        """See ``DeviceSession``."""
+        slots, room = self._reserved
+        if index >= slots or decoding.position + decoding.steps > room:
+            raise ValueError(f"slot {index} is to decode more than what was reserved")
+        self._state.admit(index, decoding)
+
+    def park(self, index: int, position: int) -> None:
+        """See ``DeviceSession``."""
+        self._state.park(index, position)
+
+    def decode(self, slots: int, length: int, greedy: bool) -> None:
         """See ``DeviceSession``."""
         reserved, room = self._reserved
-        if len(slots) > reserved or any(slot.position + slot.steps > room for slot in slots):
-            raise ValueError(f"{len(slots)} slots are to decode more than what was reserved")
+        if slots > reserved or length > room:
+            raise ValueError(f"a step of {slots} slots up to row {length} is more than what was reserved")
         self._logger.clear()
-        return self._loop.run(self._state, slots)
+        self._loop.start(self._state, slots, self._bucket(length), not greedy)
+
+    def tokens(self) -> np.ndarray:
+        """See ``DeviceSession``."""
+        return self._loop.tokens()
 
     def memory(self) -> MemoryUse:
         """GPU memory by kind: as predicted for the slots that are reserved, and as measured so far."""
@@ -253,6 +282,11 @@ class TrtSession:
                 f"{self._path}: the plan's KV cache is not the one that the manifest describes, updated in place: build "
                 "the engine anew with `llmtrt build`"
             )
+        if self._max_batch > 1 and not self._kv.slots_are_aligned:
+            raise UserError(
+                f"{self._path}: {self._capacity} rows of cache do not end where TensorRT lets the next sequence's begin: "
+                "build the engine anew with `llmtrt build`"
+            )
         positions = np.arange(self._capacity, dtype=np.int64)
         self._range = Region(cuda.allocate(positions.nbytes), positions.nbytes)
         cuda.upload(self._range.address, positions)
@@ -274,19 +308,21 @@ class TrtSession:
         return self._contexts[plan, profile, *key]
 
     def _decoder(self, batch: int, bucket: int) -> Context:
-        """The decode context of a bucket, ready for ``batch`` slots; its inputs are those of the ``DecodeState``."""
-        return self._prepared(self._context(PLAN, _DECODE, bucket), (batch, 1, 1, bucket), self._state.places())
+        """The decode context for ``batch`` slots and a bucket; its inputs are those of the ``DecodeState``."""
+        context = self._context(PLAN, _DECODE, batch, bucket)
+        return self._prepared(context, 0, (batch, 1, 1, bucket), self._state.places())
 
-    def _prefill(self, batch: int, rows: int, wanted: int, length: int) -> Context:
-        return self._prepared(self._context(PLAN, _PREFILL), (batch, rows, wanted, length), self._input_places())
+    def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int) -> Context:
+        context = self._context(PLAN, _PREFILL)
+        return self._prepared(context, first, (batch, rows, wanted, length), self._input_places())
 
     def _sampler(self, batch: int, sampled: bool) -> Context:
         plan = SAMPLER if sampled else GREEDY
-        context = self._context(plan, 0)
-        if context.state != (batch, self._layout):
+        context = self._context(plan, 0, batch)
+        if context.state != self._layout:
             self._grow_activations(self._shape_sampler(context, plan, batch))
             context.bind(self._state.places() | {"logits": self._logits}, self._activations)
-            context.state = batch, self._layout
+            context.state = self._layout
         return context
 
     def _shape_sampler(self, context: Context, plan: str, batch: int) -> int:
@@ -295,28 +331,25 @@ class TrtSession:
             if engine.get_tensor_mode(name).name == "INPUT":
                 shape = engine.get_tensor_shape(name)
                 shapes[name] = (batch, *(self._capacity if size < 0 else size for size in tuple(shape)[1:]))
-        return self._set_shapes(context, shapes)
-
-    def _set_shapes(self, context: Context, shapes: Shapes) -> int:
-        if shapes != context.shapes and self._loop is not None and self._loop.uses(context):
-            self._loop.forget()
         return context.set_shapes(shapes)
 
-    def _prepared(self, context: Context, shapes: tuple[int, int, int, int], inputs: dict[str, Region]) -> Context:
-        """Makes ``context`` ready for a step of B, S, K, L = ``shapes``, unless it is."""
-        if context.state != (*shapes, self._layout):
+    def _prepared(
+        self, context: Context, first: int, shapes: tuple[int, int, int, int], inputs: dict[str, Region]
+    ) -> Context:
+        """Makes ``context`` ready for a step of B, S, K, L = ``shapes`` of the slots from ``first`` on, unless it is."""
+        if context.state != (first, *shapes, self._layout):
             batch, _, wanted, _ = shapes
             self._grow_logits(batch * wanted * self.spec.vocab_size)
             self._grow_activations(self._shape(context, shapes))
-            places = self._kv.places() | inputs | {"kv_range": self._range, "logits": self._logits}
+            places = self._kv.places(first) | inputs | {"kv_range": self._range, "logits": self._logits}
             context.bind(places | self._debug_places(context), self._activations)
-            context.state = (*shapes, self._layout)
+            context.state = (first, *shapes, self._layout)
         return context
 
     def _shape(self, context: Context, shapes: tuple[int, int, int, int]) -> int:
         batch, rows, wanted, length = shapes
         named = {"input_ids": (batch, rows), "positions": (batch, rows), "logits_index": (batch, wanted)}
-        return self._set_shapes(context, named | {"kv_range": (length,)} | self._kv.shapes(batch))
+        return context.set_shapes(named | {"kv_range": (length,)} | self._kv.shapes(batch))
 
     def _bucket(self, length: int) -> int:
         """The rows of cache that a step sees whose last position is ``length`` − 1."""
@@ -329,13 +362,15 @@ class TrtSession:
         """Takes what ``slots`` sequences need of memory for activations; UserError, before anything is allocated, if that,
         their KV cache and the sampler's state do not fit."""
         length = self._bucket(min(self._capacity, max_seq + self.chunk))
+        side_by_side = min(slots, self.chunk)  # a prefill step has a chunk of rows, of one prompt or of several
+        most = self._max_batch if self._streaming_scratch else slots
         activations = max(
-            self._shape(self._context(PLAN, _DECODE, length), (slots, 1, 1, length)),
-            self._shape(self._context(PLAN, _PREFILL), (slots, min(self.chunk, max_seq), 1, length)),
-            *(
-                self._shape_sampler(self._context(plan, 0), plan, self._max_batch if self._streaming_scratch else slots)
-                for plan in (GREEDY, SAMPLER)
+            self._shape(self._context(PLAN, _DECODE, slots, length), (slots, 1, 1, length)),
+            self._shape(self._context(PLAN, _PREFILL), (1, min(self.chunk, max_seq), 1, length)),
+            self._shape(
+                self._context(PLAN, _PREFILL), (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)
             ),
+            *(self._shape_sampler(self._context(plan, 0, most), plan, most) for plan in (GREEDY, SAMPLER)),
         )
         if self._streaming_scratch:
             # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
@@ -370,6 +405,7 @@ class TrtSession:
             size = len(_INPUTS) * aligned(slots * self.chunk * 8)
             self._inputs = Region(self._cuda.allocate(size), size)
             self._host_inputs = self._cuda.pinned(size // 8, np.int64)
+            self._grow_logits(slots * self.spec.vocab_size)
         except BaseException:
             self._free_slots()
             raise

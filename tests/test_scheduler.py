@@ -1,4 +1,4 @@
-"""The token loop, LLM and its limits over a session that remembers exactly what it was told."""
+"""The scheduler, LLM and its limits over a session that remembers exactly what it was told."""
 
 import hashlib
 import shutil
@@ -47,27 +47,42 @@ class FakeSession:
 
     def __init__(self, chunk, spec):
         self.spec, self.chunk, self.steps, self.closed = spec, chunk, [], False
+        self.reserved, self.copies = [], []
+        self.cache = np.empty((0, 0), int)
 
-    def reserve(self, slots, max_seq):
-        self.reserved = (slots, max_seq)
-        self.cache = np.full((slots, max_seq + self.chunk), UNWRITTEN)
+    def reserve(self, slots, max_seq, keep=()):
+        self.reserved.append((slots, max_seq))
+        rows = max_seq + self.chunk
+        if any(keep) and slots <= len(self.cache) and rows <= self.cache.shape[1]:
+            return len(self.cache)
+        old, self.cache = self.cache, np.full((slots, rows), UNWRITTEN)
+        kept = min(slots, len(keep)) if any(keep) else 0
+        for slot in range(kept):
+            self.cache[slot, : keep[slot]] = old[slot, : keep[slot]]
+        return kept
 
-    def step(self, input_ids, positions, logits_index):
+    def step(self, input_ids, positions, logits_index, first=0):
         slots, rows = input_ids.shape
         assert input_ids.dtype == positions.dtype == logits_index.dtype == np.int64
-        assert slots == len(self.cache) and positions.shape == (slots, rows) and logits_index.shape[0] == slots
+        assert first + slots <= len(self.cache) and positions.shape == (slots, rows)
+        assert logits_index.shape[0] == slots
         assert 1 <= rows <= self.chunk
         assert (np.diff(positions, axis=1) == 1).all()
         assert positions.min() >= 0 and positions.max() < self.cache.shape[1], "ONNX Runtime raises, TensorRT drops"
         assert 0 <= logits_index.min() and logits_index.max() < rows
-        self.steps.append((slots, rows))
-        np.put_along_axis(self.cache, positions, input_ids, 1)
+        self.steps.append((first, slots, rows))
+        cache = self.cache[first : first + slots]
+        np.put_along_axis(cache, positions, input_ids, 1)
         out = np.empty((*logits_index.shape, VOCAB), np.float32)
         for slot in range(slots):
             for place, row in enumerate(logits_index[slot]):
-                seen = self.cache[slot, : positions[slot, row] + 1]
+                seen = cache[slot, : positions[slot, row] + 1]
                 out[slot, place] = np.nan if (seen == UNWRITTEN).any() else logits_after(seen)
         return out
+
+    def copy_rows(self, source, target, rows):
+        self.copies.append((source, target, rows))
+        self.cache[target, :rows] = self.cache[source, :rows]
 
     def close(self):
         self.closed = True
@@ -78,8 +93,9 @@ def llm(tmp_path):
     return make(tmp_path)
 
 
-def make(folder, chunk=7, generation=None, max_batch=4, max_seq=None, **fields):
-    return LLM.from_loaded(Loaded(FakeSession(chunk, spec(**fields)), folder, generation or {}), max_batch, max_seq)
+def make(folder, chunk=7, generation=None, max_batch=4, max_seq=None, reuse_prefixes=True, speculation=None, **fields):
+    session = FakeSession(chunk, spec(max_seq=max(max_seq or 0, 64), **fields))
+    return LLM.from_loaded(Loaded(session, folder, generation or {}), max_batch, max_seq, reuse_prefixes, speculation)
 
 
 def with_tokenizer(folder, **options):
@@ -112,15 +128,163 @@ def test_many_prompts_of_different_lengths(tmp_path, chunk, lengths):
 
 def test_memory_is_reserved_for_what_is_asked(llm):
     llm.generate(prompts_of([5, 9, 2, 2, 2]), SamplingParams(max_tokens=10))
-    assert llm._session.reserved == (1, 12)  # the second turn has the fifth prompt alone
     llm.generate(prompts_of([40]), SamplingParams(max_tokens=None))
-    assert llm._session.reserved == (1, 64)
+    assert llm._session.reserved == [(4, 19), (1, 64)]
 
 
 def test_prefill_and_decode_steps(llm):
     done = llm.generate(prompts_of([16, 3]), SamplingParams(max_tokens=5, ignore_eos=True))
-    assert llm._session.steps == [(2, 7), (2, 7), (2, 2)] + [(2, 1)] * 4
+    # Three rows of each, which is all of the second; then the first's chunks between steps of both.
+    assert (
+        llm._session.steps
+        == [(0, 2, 3), (0, 2, 1)] + [(0, 1, 7), (0, 2, 1)] + [(0, 1, 6)] + [(0, 2, 1)] * 2 + [(0, 1, 1)] * 2
+    )
     assert [each.finish_reason for each in done] == ["length"] * 2
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_a_finished_requests_slot_is_refilled_while_the_others_go_on(tmp_path, reuse):
+    rng = np.random.default_rng(3)
+    prompts = prompts_of(rng.integers(1, 25, 20))
+    params = [SamplingParams(max_tokens=int(count), ignore_eos=True) for count in rng.integers(1, 30, 20)]
+    llm = make(tmp_path, chunk=64, max_batch=3, reuse_prefixes=reuse)
+    order = [piece.index for piece in llm.generate_stream(prompts, params) if piece.completion]
+    done = llm.generate(prompts, params)
+    assert [each.token_ids for each in done] == [greedy(p, q.max_tokens, ()) for p, q in zip(prompts, params)]
+    assert sorted(order) == [*range(20)] and order != [*range(20)]
+    decoding = [slots for _, slots, rows in llm._session.steps if rows == 1]
+    # In turns of three, each turn would take its longest: more steps than there are now.
+    turns = sum(max(each.max_tokens for each in params[start : start + 3]) for start in range(0, 20, 3))
+    assert len(decoding) / 2 < 0.85 * turns
+
+
+def test_nobody_waits_for_a_long_prompt(tmp_path):
+    """Between two tokens of one that answers lies one chunk of the other's prompt at most."""
+    prompts = prompts_of([3, 60])
+    llm = make(tmp_path, chunk=4, max_batch=2)
+    stream = llm.generate_stream(prompts, SamplingParams(max_tokens=20, ignore_eos=True))
+    seen = []
+    for piece in stream:
+        if piece.index == 0:
+            seen.append(len(llm._session.steps))
+    assert max(np.diff(seen)) == 2 and min(np.diff(seen)) == 1 and len(seen) == 20
+
+
+def test_prompts_are_prefilled_in_the_order_of_their_turn(tmp_path):
+    """A long one in a later slot is not put off by short ones that come and go in the first."""
+    prompts = prompts_of([2, 40] + [6] * 12)
+    llm = make(tmp_path, chunk=4, max_batch=2)
+    ends = []
+    for piece in llm.generate_stream(prompts, SamplingParams(max_tokens=2, ignore_eos=True)):
+        if piece.completion:
+            ends.append(piece.index)
+    assert ends[:2] == [0, 1]
+
+
+@pytest.mark.parametrize("index, after", [(0, 1), (1, 0), (2, 0), (3, 0), (4, 3)])
+def test_one_of_many_is_cancelled(tmp_path, index, after):
+    """While it decodes, is prefilled, waits, and has ended: the others do not notice, and its slot is free."""
+    prompts = prompts_of([3, 60, 4, 5, 6])
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (30, 4, 3, 2, 1)]
+    llm = with_tokenizer(tmp_path, chunk=4, max_batch=3)
+    whole = llm.generate(prompts, params)
+    stream, pieces = llm.generate_stream(prompts, params), []
+    for piece in stream:
+        pieces.append(piece)
+        if len(pieces) == 1 + after:
+            stream.cancel(index)
+    done = {piece.index: piece.completion for piece in pieces if piece.completion}
+    assert len(done) == 5 and sum(piece.completion is not None for piece in pieces) == 5
+    for place in {*range(5)} - {index}:
+        assert done[place].token_ids == whole[place].token_ids
+    cancelled = done[index]
+    assert cancelled.finish_reason == "cancelled"
+    assert cancelled.token_ids == whole[index].token_ids[: len(cancelled.token_ids)] != whole[index].token_ids
+    assert cancelled.text == "".join(piece.text for piece in pieces if piece.index == index)
+    assert (cancelled.ttft is None) == (not cancelled.token_ids) and pieces[-1].index != index
+    stream.cancel(index)  # it has ended
+    with pytest.raises(UserError, match="no prompt 5 to cancel: the call has 5"):
+        stream.cancel(5)
+
+
+def test_a_closed_stream_has_no_more(llm):
+    stream = llm.generate_stream(prompts_of([3, 5]), SamplingParams(max_tokens=9, ignore_eos=True))
+    next(stream)
+    stream.close()
+    steps = len(llm._session.steps)
+    assert [*stream] == [] and len(llm._session.steps) == steps
+
+
+def test_the_next_turn_is_computed_from_where_it_differs(tmp_path):
+    (prompt,), params = prompts_of([20]), SamplingParams(max_tokens=8, ignore_eos=True)
+    llm = make(tmp_path, chunk=64)
+    first = llm.generate(prompt, params)
+    longer = [*prompt, *first.token_ids, 300, 301]
+    llm._session.steps.clear()
+    assert llm.generate(longer, params).token_ids == greedy(longer, 8, ())
+    # 20 of the prompt and 7 of the answer are in the cache: the eighth was the last, and never ran.
+    assert llm._session.steps[0] == (0, 1, 3)
+    llm._session.steps.clear()
+    assert llm.generate(longer, params).token_ids == greedy(longer, 8, ())
+    assert llm._session.steps[0] == (0, 1, 1)  # its last token runs again: somebody wants its logits
+    other = [*longer[:10], 5, *longer[10:]]
+    llm._session.steps.clear()
+    assert llm.generate(other, params).token_ids == greedy(other, 8, ())
+    assert llm._session.steps[0] == (0, 1, len(other) - 10)
+    llm.logits(prompt)  # takes the cache
+    llm._session.steps.clear()
+    llm.generate(other, params)
+    assert llm._session.steps[0] == (0, 1, len(other))
+    cold = make(tmp_path, chunk=64, reuse_prefixes=False)
+    for _ in range(2):
+        cold._session.steps.clear()
+        assert cold.generate(other, params).token_ids == greedy(other, 8, ())
+        assert cold._session.steps[0] == (0, 1, len(other))
+
+
+def test_a_shared_prompt_is_prefilled_once(tmp_path):
+    """Of four that begin with the same 80 tokens, three wait for the first's and take a copy of its rows."""
+    (system,) = prompts_of([80])
+    prompts = [[*system, *end] for end in prompts_of([5, 3, 1, 9])]
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    llm = make(tmp_path, chunk=16, max_seq=128)
+    done = llm.generate(prompts, params)
+    assert [each.token_ids for each in done] == [greedy(prompt, 6, ()) for prompt in prompts]
+    assert [rows for _, _, rows in llm._session.copies] == [80] * 3
+    assert sum(slots * rows for _, slots, rows in llm._session.steps if rows > 1) < 80 + 16 + 3 * 9
+    # All begin anew, each where it was: nothing is copied, and one row of each is computed.
+    llm._session.copies.clear(), llm._session.steps.clear()
+    assert [each.token_ids for each in llm.generate(prompts, params)] == [each.token_ids for each in done]
+    assert llm._session.copies == [] and llm._session.steps[0] == (0, 4, 1)
+
+
+def test_what_is_remembered_survives_requests_that_need_more_room(tmp_path):
+    (prompt,), params = prompts_of([30]), SamplingParams(max_tokens=4, ignore_eos=True)
+    llm = make(tmp_path, chunk=32, max_seq=64)
+    llm.generate(prompt, params)
+    llm._session.steps.clear()
+    longer = [*prompt, *prompts_of([20])[0]]
+    llm.generate(longer, params)  # the cache grows in length
+    assert llm._session.steps[0] == (0, 1, 20)
+    llm.generate([longer, [7]], params)  # and in slots
+    assert llm._session.steps[4] == (0, 2, 1)
+
+
+def test_slots_that_nobody_has_cost_nothing(tmp_path):
+    """They keep no more rows than the longest that decodes has: otherwise a step would have to see theirs."""
+    llm = make(tmp_path, chunk=64, max_batch=3)
+    long, short, other = prompts_of([50, 3, 4])
+    llm.generate([long, short, other], SamplingParams(max_tokens=2, ignore_eos=True))
+    lengths, step = [], FakeSession.step
+    llm._session.step = lambda ids, positions, *rest: (
+        lengths.append(int(positions.max())) or step(llm._session, ids, positions, *rest)
+    )
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 9, 9)]
+    done = llm.generate([short[:1], short, other], params)
+    assert [each.token_ids for each in done] == [
+        greedy(p, q.max_tokens, ()) for p, q in zip([short[:1], short, other], params)
+    ]
+    assert max(lengths) == 4 + 9 - 2
 
 
 def test_seed_is_the_same_alone_and_in_any_batch(llm):
@@ -275,7 +439,7 @@ def test_bad_calls(llm, tmp_path):
     with pytest.raises(UserError, match="stop_token_ids"):
         llm.generate([3], SamplingParams(stop="x"))
     with pytest.raises(UserError, match="room for 64"):
-        make(tmp_path, max_seq=65)
+        LLM.from_loaded(Loaded(FakeSession(7, spec()), tmp_path, {}), max_seq=65)
     with pytest.raises(UserError, match="empty"):
         with_tokenizer(tmp_path).generate("")
     with pytest.raises(UserError, match="no chat template"):

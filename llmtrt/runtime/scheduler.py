@@ -1,0 +1,333 @@
+"""Which requests run in which slots, and what each step computes: continuous batching with chunked prefill.
+
+A finished request's slot is refilled while the others go on (Yu et al. 2022, "Orca", OSDI), and prompts are prefilled in
+chunks between decode steps, so that nobody waits for a long one (Agrawal et al. 2023, "SARATHI", arXiv:2308.16369).
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import count
+
+import numpy as np
+
+from llmtrt.runtime.cache_slot import CacheSlot, shared_prefix
+from llmtrt.runtime.request import Piece, Request
+from llmtrt.runtime.session import DeviceSession, Session
+from llmtrt.runtime.speculation import NOTHING, Draft, Speculation
+
+_WORTHWHILE = (
+    16  # rows of a prefix: to be copied from another slot, or waited for where another's prefill comes to them
+)
+
+
+class Scheduler:
+    """Runs requests on ``session``, for one caller at a time, and knows what lies in its cache between one run and the next.
+
+    ``reuse_prefixes``: a prompt whose start is in the cache, of whichever request, is prefilled from where it differs.
+    Its keys and values are then those of another chunking, which may differ in their last bits from those of a cold start.
+    ``speculation``: drafts that several tokens of a step are checked against; None: one token a step.
+    """
+
+    def __init__(self, session: Session, reuse_prefixes: bool = True, speculation: Speculation | None = None):
+        self._session, self._reuses, self._speculation = session, reuse_prefixes, speculation
+        self._slots: list[CacheSlot] = []  # of the cache, those in use and others that hold something
+        self._usable = 0  # of them, by this run
+        self._waiting: deque[Request] = deque()
+        self._turns = count()
+        self._device = _Device(session) if isinstance(session, DeviceSession) else None
+
+    def run(self, requests: Sequence[Request], slots: int) -> Iterator[Piece]:
+        """Runs ``requests``, at most ``slots`` at a time, and yields each token as it comes. A request that is cancelled
+        ends with a piece that says so; closing the iterator ends them all.
+
+        Raises UserError as ``Session.reserve`` and ``Sampler.choose`` do.
+        """
+        self._usable = min(slots, len(requests))
+        self._waiting = deque(requests)
+        try:
+            self._reserve(self._usable, max(len(request.prompt) + request.most_tokens for request in requests))
+            while True:
+                yield from self._cancel()
+                self._admit()
+                prefilling = self._those("is_prefilling")
+                if prefilling:
+                    yield from self._prefill(prefilling)
+                decoding = self._those("is_decoding")
+                if decoding:
+                    yield from self._decode(decoding)
+                elif not prefilling:
+                    return
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self.forget()  # nobody knows what was written, and NaN must reach no other request
+            raise
+        finally:
+            for slot in self._slots:
+                self._release(slot)
+            self._waiting.clear()
+
+    def logits(self, token_ids: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+        """As ``logits_of``; what was in the cache is gone."""
+        self.forget()
+        return logits_of(self._session, token_ids, rows)
+
+    def forget(self) -> None:
+        """Nothing that is in the cache is used again."""
+        for slot in self._slots:
+            slot.forget()
+
+    def _reserve(self, slots: int, max_seq: int) -> None:
+        keep = [slot.rows for slot in self._slots] if self._reuses else []
+        kept = self._session.reserve(slots, max_seq, keep)
+        del self._slots[kept if any(keep) else 0 :]
+        self._slots += [CacheSlot(index) for index in range(len(self._slots), slots)]
+        if self._device:
+            self._device.reset()
+
+    def _those(self, state: str) -> list[CacheSlot]:
+        return [slot for slot in self._slots[: self._usable] if getattr(slot, state)]
+
+    def _release(self, slot: CacheSlot) -> None:
+        if slot.request is not None:
+            slot.release()
+        if not self._reuses:
+            slot.forget()
+
+    def _cancel(self) -> Iterator[Piece]:
+        for request in [request for request in self._waiting if request.cancelled]:
+            self._waiting.remove(request)
+            yield request.cancel()
+        for slot in self._slots:
+            if slot.request is not None and slot.request.cancelled:
+                request = slot.request
+                self._release(slot)
+                yield request.cancel()
+
+    def _admit(self) -> None:
+        """Gives free slots to waiting requests, in their order, but for those whose prompt's start is being prefilled."""
+        free = [slot for slot in self._slots[: self._usable] if slot.request is None]
+        in_use = min(self._usable, self._usable - len(free) + len(self._waiting))
+        later = []
+        while free and self._waiting:
+            request = self._waiting.popleft()
+            source, rows, is_coming = self._longest_prefix(request.prompt)
+            if is_coming:
+                later.append(request)
+                continue
+            # The lowest slots, since a step runs all up to the highest in use; but what is in place need not be copied.
+            target = source if source in free and source.index < in_use else free[0]
+            if source is not target:
+                if rows < _WORTHWHILE:
+                    rows = 0
+                else:
+                    self._session.copy_rows(source.index, target.index, rows)
+            free.remove(target)
+            target.assign(request, next(self._turns), rows)
+        self._waiting.extendleft(reversed(later))
+
+    def _longest_prefix(self, prompt: np.ndarray) -> tuple[CacheSlot | None, int, bool]:
+        """The slot whose cache has most rows of ``prompt``'s start, how many, and whether it is better to wait for those
+        that are being prefilled. The last token's row is never among them: its logits are wanted."""
+        start, best, rows, settled, coming = prompt[:-1], None, 0, 0, 0
+        if not self._reuses:
+            return None, 0, False
+        for slot in self._slots:
+            found = shared_prefix(start, slot.tokens())
+            if found > rows or (found == rows > 0 and slot.request is None and best.request is not None):
+                best, rows = slot, found
+            if slot.is_prefilling:
+                coming = max(coming, shared_prefix(start, slot.request.prompt))
+            else:
+                settled = max(settled, found)
+        return best, rows, coming > rows and coming >= settled + _WORTHWHILE
+
+    def _prefill(self, prefilling: list[CacheSlot]) -> Iterator[Piece]:
+        """One chunk of the prompt that came first, and with it of those in the slots that follow without a gap."""
+        oldest = min(prefilling, key=lambda slot: slot.turn)
+        group = [slot for slot in prefilling if slot.index >= oldest.index]
+        group = [slot for place, slot in enumerate(group) if slot.index == oldest.index + place][: self._session.chunk]
+        first, lengths = group[0].index, np.array([[len(slot.request.prompt)] for slot in group])
+        done = np.array([[slot.rows] for slot in group])
+        rows = min(self._session.chunk // len(group), int((lengths - done).max()))
+        input_ids = np.zeros((len(group), rows), np.int64)
+        for place, slot in enumerate(group):
+            part = slot.request.prompt[slot.rows : slot.rows + rows]
+            input_ids[place, : len(part)] = part
+        last = lengths - 1 - done
+        logits = self._session.step(input_ids, done + np.arange(rows), np.clip(last, 0, rows - 1), first)
+        for slot in group:
+            slot.rows = min(slot.rows + rows, len(slot.request.prompt))
+            if self._device:
+                self._device.stale(slot)
+        for place, slot in enumerate(group):
+            if last[place, 0] < rows:
+                yield self._took(slot, slot.request.accept(logits[place, 0]))
+
+    def _took(self, slot: CacheSlot, piece: Piece) -> Piece:
+        if piece.completion is not None:
+            self._release(slot)
+        return piece
+
+    def _decode(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
+        on_host = self._device is None or any(slot.request.wants_logits for slot in decoding)
+        drafts = self._drafts(decoding)
+        if not on_host and not drafts:
+            yield from self._decode_on_device(decoding)
+            return
+        if self._device and self._device.under_way:
+            yield from self._settle()
+            decoding = self._those("is_decoding")
+            drafts = self._drafts(decoding) if drafts else []  # they continue the newest token
+        if decoding:
+            yield from self._decode_on_host(decoding, drafts or [NOTHING] * len(decoding))
+
+    def _drafts(self, decoding: list[CacheSlot]) -> list[Draft]:
+        """A draft for each of ``decoding``, or none at all."""
+        if self._speculation is None or self._speculation.rests():
+            return []
+        drafts = self._speculation.drafts([slot.request for slot in decoding], self._session.chunk)
+        return drafts if any(draft.tokens for draft in drafts) else []
+
+    def _decode_on_device(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
+        """Starts the next step, and takes the tokens of the one before, which has run meanwhile."""
+        began, before = time.perf_counter(), self._device.under_way
+        slots = self._count(decoding)
+        self._device.decode(slots, decoding, self._parked(decoding, slots))
+        is_timed = self._speculation is not None and not before
+        if is_timed or self._device.under_way in (before, 2):
+            taken = self._device.tokens()
+            if is_timed:  # nothing ran before it and nothing behind, as with a step that checks a draft
+                self._speculation.measured(len(decoding), 1, time.perf_counter() - began)
+            yield from self._take(taken)
+
+    def _settle(self) -> Iterator[Piece]:
+        """The tokens of all steps that are under way on the device."""
+        while self._device.under_way:
+            yield from self._take(self._device.tokens())
+
+    def _take(self, tokens: list[tuple[CacheSlot, Request, int]]) -> Iterator[Piece]:
+        for slot, request, token in tokens:
+            if slot.request is request:  # or it has finished, and the slot may be another's by now
+                yield self._took(slot, request.take(token))
+
+    def _decode_on_host(self, decoding: list[CacheSlot], drafts: list[Draft]) -> Iterator[Piece]:
+        """One step whose tokens the host chooses: each slot's last token, and behind it its draft.
+
+        A draft's token is right where it is the one that is chosen anyway, from the logits of the row before, with the
+        noise of that step: so the tokens are those that would come one by one, sampled ones too, as far as the logits of a
+        step of several rows are those of one (Leviathan et al. 2023, arXiv:2211.17192, whose rule this is for a draft
+        without a distribution).
+        """
+        rows = 1 + max(len(draft.tokens) for draft in drafts)
+        slots = self._count(decoding)
+        input_ids, starts = np.zeros((slots, rows), np.int64), np.zeros((slots, 1), np.int64)
+        for slot, position in self._parked(decoding, slots).items():
+            starts[slot.index] = position
+        for slot, draft in zip(decoding, drafts):
+            input_ids[slot.index, : 1 + len(draft.tokens)] = [slot.request.token_ids[-1], *draft.tokens]
+            starts[slot.index] = slot.request.length - 1
+        places = np.arange(rows)
+        began = time.perf_counter()
+        logits = self._session.step(input_ids, starts + places, np.broadcast_to(places, (slots, rows)))
+        if self._speculation:
+            self._speculation.measured(len(decoding), rows, time.perf_counter() - began)
+        if self._device:
+            for slot in self._slots[:slots]:
+                self._device.stale(slot)
+        for slot, draft in zip(decoding, drafts):
+            yield from self._verified(slot, draft, logits[slot.index])
+
+    def _verified(self, slot: CacheSlot, draft: Draft, logits: np.ndarray) -> Iterator[Piece]:
+        request, accepted = slot.request, 0
+        for row in range(1 + len(draft.tokens)):
+            piece = self._took(slot, request.accept(logits[row]))
+            is_right = row < len(draft.tokens) and piece.token_id == draft.tokens[row]
+            accepted += is_right
+            if not is_right or piece.completion is not None:
+                break
+            yield piece
+        if draft.tokens:
+            self._speculation.verified(draft, accepted)
+        yield piece
+
+    def _count(self, decoding: list[CacheSlot]) -> int:
+        """The slots of a step that decodes those: all up to the highest; on a device, which keeps a graph for each number,
+        up to the next power of two."""
+        slots = decoding[-1].index + 1
+        return min(1 << (slots - 1).bit_length(), self._usable) if self._device else slots
+
+    def _parked(self, decoding: list[CacheSlot], slots: int) -> dict[CacheSlot, int]:
+        """Where those of the first ``slots`` slots write that are not in ``decoding``. Slots that nobody has keep no more
+        rows than the longest that decodes, so that a step costs no more for what they remember."""
+        longest = max(slot.request.length for slot in decoding)
+        places = {}
+        for slot in self._slots[:slots]:
+            if slot not in decoding:
+                if slot.request is None:
+                    slot.rows = min(slot.rows, longest)
+                places[slot] = slot.rows
+        return places
+
+
+def logits_of(session: Session, token_ids: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    """Logits, fp32 [≤ rows, V], of each token of one sequence, int64 [S], from its start; ``rows`` is the session's chunk
+    at most."""
+    rows = min(rows, session.chunk)
+    session.reserve(1, len(token_ids))
+    for start in range(0, len(token_ids), rows):
+        part = token_ids[None, start : start + rows]
+        places = np.arange(part.shape[1])[None]
+        yield session.step(part, start + places, places)[0]
+
+
+class _Device:
+    """What the device was told of the slots, and the steps that are under way on it."""
+
+    def __init__(self, session: DeviceSession):
+        self._session = session
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing is under way, and the device knows nothing."""
+        self._admitted: dict[int, Request] = {}
+        self._parked: dict[int, int] = {}
+        self._steps: deque[list[tuple[CacheSlot, Request]]] = deque()
+
+    def stale(self, slot: CacheSlot) -> None:
+        """The device no longer knows what ``slot`` decodes."""
+        self._admitted.pop(slot.index, None)
+        self._parked.pop(slot.index, None)
+
+    @property
+    def under_way(self) -> int:
+        return len(self._steps)
+
+    def decode(self, slots: int, decoding: list[CacheSlot], parked: dict[CacheSlot, int]) -> None:
+        """Starts a step of the first ``slots`` slots for those of ``decoding`` that lack more tokens than are under way;
+        none where no one does."""
+        under_way = [(slot, sum((slot, slot.request) in step for step in self._steps)) for slot in decoding]
+        wanted = [(slot, ahead) for slot, ahead in under_way if slot.request.left > ahead]
+        if not wanted:
+            return
+        for slot in decoding:
+            if self._admitted.get(slot.index) is not slot.request:
+                self._session.admit(slot.index, slot.request.decoding())
+                self._admitted[slot.index] = slot.request
+                self._parked.pop(slot.index, None)
+        for slot, position in parked.items():
+            if self._parked.get(slot.index) != position:
+                self._session.park(slot.index, position)
+                self._admitted.pop(slot.index, None)
+                self._parked[slot.index] = position
+        length = max(slot.request.length + ahead for slot, ahead in wanted)
+        length = max([length, *(position + 1 for position in parked.values())])
+        greedy = all(slot.request.is_greedy for slot, _ in wanted)
+        self._session.decode(slots, length, greedy)
+        self._steps.append([(slot, slot.request) for slot, _ in wanted])
+
+    def tokens(self) -> list[tuple[CacheSlot, Request, int]]:
+        """The tokens of the earliest step under way."""
+        tokens = self._session.tokens().tolist()
+        return [(slot, request, tokens[slot.index]) for slot, request in self._steps.popleft()]

@@ -1,0 +1,156 @@
+"""Speculative decoding: whether and how far ahead tokens are guessed, so that one step can check several."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmtrt.runtime.request import Request
+
+_ROWS = (1, 2, 4, 8, 16)  # of a step; each is a shape of its own to the runtime
+_REST = 64  # steps without a draft where drafts did not pay, before one is tried again
+_MEMORY = 0.9  # of what was seen, from one draft to the next
+_FASTER = 1.02  # what drafts have to promise
+_GUESS = (1.0, 2.0)  # tokens that were right and tokens that were checked, before any were
+
+
+@dataclass(frozen=True)
+class Draft:
+    """``tokens`` that may follow. ``kind``: drafts of one kind are about as often right."""
+
+    tokens: Sequence[int] = ()
+    kind: Hashable = None
+
+
+NOTHING = Draft()
+
+
+class Drafter(Protocol):
+    """Guesses the tokens of one request; a prompt's own text, or another model."""
+
+    def draft(self, token_ids: Sequence[int], most: int) -> Draft:
+        """At most ``most`` tokens that may follow ``token_ids``, which begin with those of the call before."""
+
+
+class PromptLookup:
+    """Guesses what followed the last time that the last few tokens came (prompt lookup decoding, Saxena 2023; Yang et al.
+    2023, "Inference with reference", arXiv:2304.04487).
+
+    ``longest``, ``shortest``: the number of tokens that have to match, the longest match counting first.
+    """
+
+    def __init__(self, longest: int = 4, shortest: int = 2):
+        self._sizes = range(longest, shortest - 1, -1)
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram → where its latest follower stands
+        self._seen = 0
+
+    def draft(self, token_ids: Sequence[int], most: int) -> Draft:
+        """See ``Drafter``; where the match runs into the end, what it begins repeats."""
+        length = len(token_ids)
+        for place in range(max(1, self._seen), length):
+            for size in self._sizes:
+                if size <= place:
+                    self._after[tuple(token_ids[place - size : place])] = place
+        self._seen = length
+        for size in self._sizes:
+            place = self._after.get(tuple(token_ids[length - size :])) if size <= length else None
+            if place is not None:
+                period = length - place
+                return Draft([token_ids[place + index % period] for index in range(most)], size)
+        return NOTHING
+
+
+class Speculation:
+    """Asks a drafter for each request, and lets a step have as many rows as promise the most tokens a second, from how
+    long steps of that many rows took and how often drafts were right. Where none promises more than one row does, it rests
+    and then tries one short draft, which shows whether that is still so.
+
+    ``steps``, ``drafted``, ``accepted``: steps with a draft, the tokens of these, and those that were right.
+    """
+
+    def __init__(self, drafter: Callable[[], Drafter] = PromptLookup):
+        self._make = drafter
+        self._known: dict[int, tuple[Request, Drafter, list[int]]] = {}
+        self._seconds: dict[tuple[int, int], float | None] = {}  # of a step, by its sequences and rows; None: once seen
+        self._right: dict[Hashable, tuple[float, float]] = {}  # by kind
+        self._rest, self._is_trial = 0, False
+        self.steps = self.drafted = self.accepted = 0
+
+    def rests(self) -> bool:
+        """Whether the next step, which this counts, is to go without a draft."""
+        if self._rest:
+            self._rest -= 1
+            self._is_trial = not self._rest
+            return True
+        return False
+
+    def drafts(self, requests: Sequence[Request], most_rows: int) -> list[Draft]:
+        """A draft for each of ``requests``, all to be checked in one step of up to ``most_rows`` rows."""
+        limit = min(most_rows, _ROWS[-1])
+        found = [self._draft(request, min(limit, request.left) - 1) for request in requests]
+        if not any(draft.tokens for draft in found) or self._seconds.get((len(found), 1)) is None:
+            return [NOTHING] * len(found)
+        rows = self._rows(found, limit)
+        if rows > 1:
+            self._is_trial = False
+        elif self._is_trial:
+            rows = 2
+        else:
+            self._rest = _REST
+        return [Draft(draft.tokens[: rows - 1], draft.kind) for draft in found]
+
+    def measured(self, sequences: int, rows: int, seconds: float) -> None:
+        """A step of ``sequences`` with ``rows`` rows each took that long."""
+        key = sequences, rows
+        if key not in self._seconds:
+            self._seconds[key] = None  # the first of a shape may compile and allocate
+        else:
+            # The least of the last few, since other programs run now and then.
+            self._seconds[key] = min(seconds, 1.05 * (self._seconds[key] or seconds))
+
+    def verified(self, draft: Draft, accepted: int) -> None:
+        """``accepted`` tokens of ``draft``, from its start, were right."""
+        right, checked = self._right.get(draft.kind, _GUESS)
+        self._right[draft.kind] = (
+            right * _MEMORY + accepted,
+            checked * _MEMORY + min(accepted + 1, len(draft.tokens)),
+        )
+        if self._is_trial and not accepted:
+            self._rest = _REST
+        self.steps += 1
+        self.drafted += len(draft.tokens)
+        self.accepted += accepted
+
+    def _draft(self, request: Request, most: int) -> Draft:
+        if most < 1:
+            return NOTHING
+        if id(request) not in self._known:
+            self._known = {key: known for key, known in self._known.items() if not known[0].finished}
+            self._known[id(request)] = request, self._make(), request.prompt.tolist()
+        _, drafter, token_ids = self._known[id(request)]
+        token_ids += request.token_ids[len(token_ids) - len(request.prompt) :]
+        return drafter.draft(token_ids, most)
+
+    def _rows(self, drafts: list[Draft], limit: int) -> int:
+        """The number of rows that promises the most tokens a second."""
+        count = len(drafts)
+        seconds = self._seconds[count, 1]
+        best, rate = 1, _FASTER * count / seconds
+        for rows in _ROWS[1:]:
+            if rows > limit:
+                break
+            known = self._seconds.get((count, rows))
+            seconds = (
+                known or seconds
+            )  # not known: no longer than with fewer rows, so that it is tried where that may pay
+            tokens = sum(self._expected(draft, rows - 1) for draft in drafts)
+            if tokens / seconds > rate:
+                best, rate = rows, tokens / seconds
+            if known is None:
+                break
+        return best
+
+    def _expected(self, draft: Draft, most: int) -> float:
+        """Tokens of a step that checks the first ``most`` tokens of ``draft``: one, and those that are right before the
+        first that is not."""
+        right, checked = self._right.get(draft.kind, _GUESS)
+        return 1 + sum((right / checked) ** place for place in range(1, min(most, len(draft.tokens)) + 1))

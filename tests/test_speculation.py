@@ -1,0 +1,192 @@
+"""Drafts and what becomes of them: the tokens are those of one step each, in fewer steps."""
+
+import numpy as np
+import pytest
+import test_scheduler
+from test_scheduler import VOCAB, make, prompts_of
+
+from llmtrt.runtime.params import SamplingParams
+from llmtrt.runtime.request import Request
+from llmtrt.runtime.speculation import NOTHING, Draft, PromptLookup, Speculation
+
+
+def copying_logits(sequence):
+    """A model that mostly says what followed the last time that its last token came, else something among 40 tokens."""
+    sequence = list(sequence)
+    logits = np.random.default_rng(sum((place + 1) * token for place, token in enumerate(sequence))).normal(size=VOCAB)
+    logits[300:340] += 3
+    for place in range(len(sequence) - 1, 0, -1):
+        if sequence[place - 1] == sequence[-1]:
+            logits[sequence[place]] += 4
+            break
+    return logits.astype(np.float32)
+
+
+@pytest.fixture
+def copying(monkeypatch):
+    monkeypatch.setattr(test_scheduler, "logits_after", copying_logits)
+
+
+class Eager(Speculation):
+    """Times that make every row free, so that all drafts are tried."""
+
+    def measured(self, sequences, rows, seconds):
+        for _ in range(2):
+            super().measured(sequences, rows, 1.0)
+
+
+PARAMS = {
+    "greedy": SamplingParams(max_tokens=40, ignore_eos=True),
+    "sampled": SamplingParams(max_tokens=40, temperature=0.7, seed=3, ignore_eos=True),
+    "penalized": SamplingParams(max_tokens=40, temperature=0.9, top_p=0.9, repetition_penalty=1.1, seed=5),
+    "logprobs": SamplingParams(max_tokens=40, ignore_eos=True, logprobs=2),
+}
+
+
+@pytest.mark.parametrize("name", PARAMS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_those_of_one_step_each(tmp_path, copying, name, batch):
+    prompts = [[*prompt, *prompt[:4]] for prompt in prompts_of([14, 9, 12, 20])]
+    plain = make(tmp_path, chunk=16, max_seq=64, max_batch=batch)
+    speculation = Eager()
+    fast = make(tmp_path, chunk=16, max_seq=64, max_batch=batch, speculation=speculation)
+    expected = plain.generate(prompts, PARAMS[name])
+    done = fast.generate(prompts, PARAMS[name])
+    assert [each.token_ids for each in done] == [each.token_ids for each in expected]
+    assert [each.logprobs for each in done] == [each.logprobs for each in expected]
+    assert [each.finish_reason for each in done] == [each.finish_reason for each in expected]
+    assert 0 < speculation.accepted < speculation.drafted
+    assert len(fast._session.steps) < len(plain._session.steps)
+
+
+@pytest.mark.parametrize("left", [1, 2, 3, 7])
+def test_no_more_than_is_wanted_is_drafted(tmp_path, copying, left):
+    (prompt,) = prompts_of([6])
+    llm = make(tmp_path, chunk=16, speculation=Eager())
+    done = llm.generate([*prompt, *prompt, *prompt[:3]], SamplingParams(max_tokens=3 + left, ignore_eos=True))
+    assert len(done.token_ids) == 3 + left and done.finish_reason == "length"
+    assert max(rows for _, _, rows in llm._session.steps[1:]) <= 3 + left
+
+
+def test_a_stop_within_a_draft_ends_the_answer(tmp_path, copying):
+    (prompt,) = prompts_of([8])
+    prompt = [*prompt, *prompt, *prompt[:3]]
+    free = make(tmp_path).generate(prompt, SamplingParams(max_tokens=12, ignore_eos=True)).token_ids
+    for stop in free:
+        asked = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[stop])
+        done = make(tmp_path, chunk=16, speculation=Eager()).generate(prompt, asked)
+        assert done.token_ids == free[: free.index(stop) + 1] and done.finish_reason == "stop"
+
+
+def test_the_next_turn_begins_with_what_is_right_alone(tmp_path, copying):
+    """Rows of drafts that were wrong lie in the cache behind those that count."""
+    (prompt,) = prompts_of([12])
+    prompt = [*prompt, *prompt[:5]]
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    fast, plain = make(tmp_path, chunk=16, speculation=Eager()), make(tmp_path, chunk=16)
+    first = fast.generate(prompt, params)
+    longer = [*prompt, *first.token_ids, 300]
+    fast._session.steps.clear()
+    assert fast.generate(longer, params).token_ids == plain.generate(longer, params).token_ids
+    assert fast._session.steps[0] == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "tokens, expected",
+    [
+        ([1, 2, 3, 4, 1, 2], ((3, 4, 1, 2, 3), 2)),
+        ([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], ((9, 2, 3, 8, 1), 3)),  # the longer match counts, not the later
+        ([5, 6, 7, 5, 6, 8, 5, 6], ((8, 5, 6, 8, 5), 2)),  # of equal ones the later
+        ([4, 4, 4], ((4, 4, 4, 4, 4), 2)),
+        ([1, 2, 3], ((), None)),
+        ([1], ((), None)),
+    ],
+)
+def test_prompt_lookup(tokens, expected):
+    draft = PromptLookup().draft(tokens, 5)
+    assert (tuple(draft.tokens), draft.kind) == expected
+    grown = PromptLookup()  # the same, told token by token
+    for size in range(1, len(tokens)):
+        grown.draft(tokens[:size], 5)
+    assert grown.draft(tokens, 5) == draft
+    assert PromptLookup(longest=3, shortest=3).draft([1, 2, 9, 1, 2], 4) == NOTHING
+
+
+def request(prompt, most=1000):
+    spec = test_scheduler.spec(max_seq=5000)
+    return Request(0, np.array(prompt), SamplingParams(max_tokens=most), spec, 5000, None, 0.0)
+
+
+def simulate(cost, share, steps=3000, seed=0):
+    """Tokens a second of a request whose drafts are right with probability ``share``, against one row a step; ``cost``:
+    seconds of a step by its rows."""
+    rng, speculation = np.random.default_rng(seed), Speculation()
+    one = request([1, 2, 3, 1, 2, 3], most=100_000)
+    speculation._draft = lambda each, most: Draft([0] * most, "any") if most > 0 else NOTHING
+    tokens = seconds = 0
+    for _ in range(steps):
+        (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], 64)
+        rows = 1 + len(draft.tokens)
+        speculation.measured(1, rows, cost(rows))
+        accepted = 0
+        while accepted < len(draft.tokens) and rng.random() < share(tokens):
+            accepted += 1
+        if draft.tokens:
+            speculation.verified(draft, accepted)
+        tokens, seconds = tokens + 1 + accepted, seconds + cost(rows)
+    return tokens / seconds * cost(1)
+
+
+# The last is what TensorRT's INT4 kernels cost at 1, 2, 4, 8 and 16 rows.
+COSTS = {
+    "cheap rows": lambda rows: 1 + 0.01 * rows,
+    "dear rows": lambda rows: float(rows),
+    "as TensorRT": lambda rows: {1: 30, 2: 42, 4: 43, 8: 43, 16: 35}[rows],
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_it_is_never_slower_by_much_and_faster_where_it_can_be(name, share):
+    cost = COSTS[name]
+    ratio = simulate(cost, lambda _: share)
+    best = max((1 - share**rows) / (1 - share) / cost(rows) * cost(1) for rows in (1, 2, 4, 8, 16))
+    assert ratio > 0.97 and ratio > 0.9 * best
+
+
+def test_it_notices_that_drafts_have_become_right():
+    """None are for 1000 tokens, most are for the next: the rest between trials must not outlast that."""
+    before = simulate(COSTS["as TensorRT"], lambda tokens: 0.02, steps=1000)
+    after = simulate(COSTS["as TensorRT"], lambda tokens: 0.02 if tokens < 1000 else 0.95, steps=1500)
+    assert 0.97 < before < 1.0 and after > 2
+
+
+def test_a_first_step_that_compiles_does_not_count():
+    speculation = Speculation()
+    for seconds in (9.0, 1.0):
+        speculation.measured(1, 1, seconds)
+    one = request([1, 2, 3, 1, 2])
+    (draft,) = speculation.drafts([one], 64)
+    assert len(draft.tokens) == 1
+    speculation.measured(1, 2, 60.0)
+    assert len(speculation.drafts([one], 64)[0].tokens) == 1  # not known yet
+    speculation.measured(1, 2, 1.0)
+    assert len(speculation.drafts([one], 64)[0].tokens) == 3
+    for _ in range(2):
+        speculation.measured(1, 4, 1.9)  # for 1.875 tokens, where two rows give 1.5 in one
+    assert len(speculation.drafts([one], 64)[0].tokens) == 1
+
+
+def test_other_drafters_are_asked_for_each_request(tmp_path, copying):
+    """An interface that a draft model can use: here one that knows the answer."""
+    (prompt,) = prompts_of([10])
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    answer = make(tmp_path).generate(prompt, params).token_ids
+
+    class Knowing:
+        def draft(self, token_ids, most):
+            return Draft(answer[len(token_ids) - len(prompt) :][:most], "oracle")
+
+    llm = make(tmp_path, chunk=16, speculation=Eager(Knowing))
+    assert llm.generate(prompt, params).token_ids == answer
+    assert [rows for _, _, rows in llm._session.steps[1:]][-2:] == [4, 8]
