@@ -379,7 +379,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy():
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert run.returncode == 0, run.stderr
-    verbs = "quantize build refit generate chat eval debug inspect lint doctor".split()
+    verbs = "quantize build refit generate chat eval bench debug inspect lint doctor".split()
     assert all(f"\n    {verb} " in run.stdout for verb in verbs)
 
 

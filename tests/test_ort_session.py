@@ -94,7 +94,7 @@ def test_speculation_changes_no_token(fp32, prompt):
     with LLM(fp32.path, threads=1) as plain, LLM(fp32.path, threads=1, speculation="prompt-lookup") as fast:
         for each in params:
             assert fast.generate(prompt, each).token_ids == plain.generate(prompt, each).token_ids
-        assert fast._scheduler._speculation.accepted > 0
+        assert fast.speculation.accepted > 0
     with pytest.raises(UserError, match="speculation should be prompt-lookup or None, but is 'magic'"):
         LLM(fp32.path, speculation="magic")
 

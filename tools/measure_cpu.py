@@ -1,70 +1,68 @@
-"""SmolLM2 in INT4 on ONNX Runtime against transformers in fp32, on the same prompt in the same run.
+"""Speed of a package of SmolLM2 on ONNX Runtime, two cores: decode and prefill against transformers in fp32, batches, the
+second turn of a chat, and prompt lookup on real text.
 
-    python tools/measure_cpu.py CHECKPOINT PACKAGE    # the GGUF, and the package made from it
-
-Prefill of 64 tokens and decode of 64 more, alternating, medians of 5; the ratios are what counts, not the rates.
+    python tools/measure_cpu.py CHECKPOINT PACKAGE DATA    # the GGUF, the package made from it, ../shared/data
 """
 
-import statistics
 import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import provenance
 import torch
+from speculation_tasks import compare
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from llmtrt import LLM, SamplingParams  # noqa: E402
-from llmtrt.checkpoints import open_checkpoint  # noqa: E402
+from llmtrt import LLM  # noqa: E402
+from llmtrt.evaluate.bandwidth import host_bandwidth  # noqa: E402
+from llmtrt.evaluate.peer import Transformers  # noqa: E402
+from llmtrt.evaluate.speed import Case, Speed, measure, weight_bytes  # noqa: E402
 
-PROMPT, NEW, RUNS = 64, 64, 5
+SHORT = Case(prompt=64, tokens=65)
+CASES = (SHORT, Case(prompt=512, tokens=65), Case(prompt=64, tokens=65, batch=4), Case(prompt=64, tokens=65, batch=16))
+TURN = Case(prompt=50, tokens=9, context=2000)
+RUNS = 5
 
 
-def transformers_model(gguf: str) -> torch.nn.Module:
-    """The checkpoint in fp32, through our reader: transformers' own GGUF loading needs accelerate."""
-    import transformers
-
-    checkpoint = open_checkpoint(gguf)
-    config = transformers.AutoConfig.for_model(**checkpoint.config)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    state = {name: torch.from_numpy(checkpoint.read(name).astype(np.float32)) for name in checkpoint.tensors()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
-    model.tie_weights()
-    return model
+def told(speed: Speed) -> dict:
+    said = {
+        "ttft_ms": round(1e3 * speed.ttft, 1),
+        "prefill_tokens_per_s": round(speed.case.batch * speed.case.prompt / speed.ttft, 1),
+        "gap_p50_ms": round(1e3 * speed.gap_p50, 2),
+        "gap_p99_ms": round(1e3 * speed.gap_p99, 2),
+        "tokens_per_s": round(speed.tokens_per_second, 1),
+    }
+    if speed.bytes_per_second:
+        said["gb_per_s"] = round(speed.bytes_per_second / 1e9, 2)
+    return said
 
 
 def main() -> None:
-    gguf, package = sys.argv[1:]
+    checkpoint, package, data = map(Path, sys.argv[1:4])
     torch.set_num_threads(2)
-    model = transformers_model(gguf)
-    llm = LLM(package, threads=2, reuse_prefixes=False)
-    ids = np.random.default_rng(0).integers(100, 40000, PROMPT).tolist()
-    ours, theirs = {"prefill": [], "decode": []}, {"prefill": [], "decode": []}
-    params = SamplingParams(max_tokens=NEW + 1, temperature=0, ignore_eos=True)
-    settings = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
-    for run in range(RUNS + 1):
-        done = llm.generate(ids, params)
-        times = [done.ttft, NEW / done.tokens_per_second]
-        with torch.no_grad():
-            start = time.perf_counter()
-            model.generate(torch.tensor([ids]), max_new_tokens=1, min_new_tokens=1, **settings)
-            first = time.perf_counter() - start
-            model.generate(torch.tensor([ids]), max_new_tokens=NEW + 1, min_new_tokens=NEW + 1, **settings)
-            both = time.perf_counter() - start - first
-        if run:  # the first warms up
-            for kind, mine, other in zip(("prefill", "decode"), times, (first, both - first)):
-                ours[kind].append(mine)
-                theirs[kind].append(other)
-    results = {"runtime": llm.runtime, "prompt": PROMPT, "new_tokens": NEW, "runs": RUNS}
-    for kind, tokens in (("prefill", PROMPT), ("decode", NEW)):
-        results[kind] = {
-            "ours_tokens_per_s": round(tokens / statistics.median(ours[kind]), 1),
-            "transformers_fp32_tokens_per_s": round(tokens / statistics.median(theirs[kind]), 1),
-            "ratio_of_each_run": [round(b / a, 2) for a, b in zip(ours[kind], theirs[kind])],
-            "median_ratio": round(statistics.median(b / a for a, b in zip(ours[kind], theirs[kind])), 2),
+    peer, weights, results = Transformers(checkpoint), weight_bytes(package), {}
+    with LLM(package, threads=2, max_batch=16) as llm:
+        results["runtime"], results["peer"] = llm.runtime, peer.description
+        results["copy_gb_per_s"] = round(host_bandwidth(2) / 1e9, 1)
+        for case in CASES:
+            name = f"prompt {case.prompt}, batch {case.batch}"
+            results[name] = {"llmtrt": told(measure(llm, case, RUNS, weights))}
+            if case.batch == 1:
+                theirs = told(peer.measure(case, RUNS))
+                ratios = {
+                    f"{what}_ratio": round(results[name]["llmtrt"][of] / theirs[of], 2)
+                    for what, of in (("decode", "tokens_per_s"), ("prefill", "prefill_tokens_per_s"))
+                }
+                results[name] |= {"transformers": theirs} | ratios
+            print(name, results[name], flush=True)
+        cold = replace(TURN, prompt=TURN.context + TURN.prompt, context=0)
+        ttft = {"second turn": measure(llm, TURN, RUNS).ttft, "cold": measure(llm, cold, 2).ttft}
+        results[f"{TURN.prompt} tokens behind {TURN.context}"] = {
+            f"ttft_ms, {name}": round(1e3 * seconds, 1) for name, seconds in ttft.items()
         }
+    options = {"threads": 2, "verify": False}
+    with LLM(package, **options) as plain, LLM(package, speculation="prompt-lookup", **options) as fast:
+        results["prompt lookup"] = compare(plain, fast, data)
     provenance.write("cpu-smollm2", results, ("numpy", "onnxruntime", "torch", "transformers"))
 
 

@@ -9,7 +9,7 @@ import sys
 from llmtrt import __version__
 from llmtrt.errors import UserError
 
-VERBS = ("quantize", "build", "refit", "generate", "chat", "eval", "debug", "inspect", "lint", "doctor")
+VERBS = ("quantize", "build", "refit", "generate", "chat", "eval", "bench", "debug", "inspect", "lint", "doctor")
 
 
 def main(arguments: list[str] | None = None) -> int:

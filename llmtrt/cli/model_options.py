@@ -53,6 +53,14 @@ def engine_options(options: argparse.Namespace) -> dict:
     return {name: value for name in names if (value := getattr(options, name))}
 
 
+def add_speculation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--speculation",
+        choices=("prompt-lookup",),
+        help="guess tokens from the text so far and check several in one step, where that is faster",
+    )
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Each default is the model's own, from its generation_config.json."""
     parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate (default 256)")
@@ -63,15 +71,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="R")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="a text that ends the answer; may be repeated")
-    parser.add_argument(
-        "--speculation",
-        choices=("prompt-lookup",),
-        help="guess tokens from the text so far and check several in one step, where that is faster",
-    )
+    add_speculation(parser)
 
 
-def load(options: argparse.Namespace) -> "LLM":
-    """The model of ``options``; what it fell back to, if it did, is told on stderr."""
+def load(options: argparse.Namespace, **more: object) -> "LLM":
+    """The model of ``options``, with ``more`` options of ``LLM``; what it fell back to, if it did, is told on stderr."""
     import sys
 
     from llmtrt import LLM
@@ -85,6 +89,7 @@ def load(options: argparse.Namespace) -> "LLM":
         speculation=getattr(options, "speculation", None),
         verify=not options.no_verify,
         **engine_options(options),
+        **more,
     )
     if llm.notice:
         print(f"note: {llm.notice}", file=sys.stderr)

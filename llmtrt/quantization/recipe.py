@@ -40,7 +40,7 @@ class Recipe:
     lm_head: str = "keep"
     exclude: tuple[str, ...] = ()
     bits: float | None = None
-    calibration_sequences: int = 32
+    calibration_sequences: int = 64
     calibration_length: int = 512
 
     def __post_init__(self) -> None:

@@ -124,6 +124,11 @@ class LLM:
         self.tokenizer = Tokenizer(loaded.folder, self.spec.bos_token_id) if has_tokenizer else None
         self._folder = loaded.folder
 
+    @property
+    def speculation(self) -> Speculation | None:
+        """What drafts tokens and counts how many were right; None where each step gives one token."""
+        return self._scheduler.speculation
+
     def params(self, **overrides: object) -> SamplingParams:
         """``default_params`` with some of them replaced; None replaces nothing. See
         ``SamplingParams.from_generation``."""

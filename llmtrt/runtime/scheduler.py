@@ -30,7 +30,7 @@ class Scheduler:
     """
 
     def __init__(self, session: Session, reuse_prefixes: bool = True, speculation: Speculation | None = None):
-        self._session, self._reuses, self._speculation = session, reuse_prefixes, speculation
+        self._session, self._reuses, self.speculation = session, reuse_prefixes, speculation
         self._slots: list[CacheSlot] = []  # of the cache, those in use and others that hold something
         self._usable = 0  # of them, by this run
         self._waiting: deque[Request] = deque()
@@ -185,9 +185,9 @@ class Scheduler:
 
     def _drafts(self, decoding: list[CacheSlot]) -> list[Draft]:
         """A draft for each of ``decoding``, or none at all."""
-        if self._speculation is None or self._speculation.rests():
+        if self.speculation is None or self.speculation.rests():
             return []
-        drafts = self._speculation.drafts([slot.request for slot in decoding], self._session.chunk)
+        drafts = self.speculation.drafts([slot.request for slot in decoding], self._session.chunk)
         return drafts if any(draft.tokens for draft in drafts) else []
 
     def _decode_on_device(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
@@ -195,11 +195,11 @@ class Scheduler:
         began, before = time.perf_counter(), self._device.under_way
         slots = self._count(decoding)
         self._device.decode(slots, decoding, self._parked(decoding, slots))
-        is_timed = self._speculation is not None and not before
+        is_timed = self.speculation is not None and not before
         if is_timed or self._device.under_way in (before, 2):
             taken = self._device.tokens()
             if is_timed:  # nothing ran before it and nothing behind, as with a step that checks a draft
-                self._speculation.measured(len(decoding), 1, time.perf_counter() - began)
+                self.speculation.measured(len(decoding), 1, time.perf_counter() - began)
             yield from self._take(taken)
 
     def _settle(self) -> Iterator[Piece]:
@@ -231,8 +231,8 @@ class Scheduler:
         places = np.arange(rows)
         began = time.perf_counter()
         logits = self._session.step(input_ids, starts + places, np.broadcast_to(places, (slots, rows)))
-        if self._speculation:
-            self._speculation.measured(len(decoding), rows, time.perf_counter() - began)
+        if self.speculation:
+            self.speculation.measured(len(decoding), rows, time.perf_counter() - began)
         if self._device:
             for slot in self._slots[:slots]:
                 self._device.stale(slot)
@@ -249,7 +249,7 @@ class Scheduler:
                 break
             yield piece
         if draft.tokens:
-            self._speculation.verified(draft, accepted)
+            self.speculation.verified(draft, accepted)
         yield piece
 
     def _count(self, decoding: list[CacheSlot]) -> int:
