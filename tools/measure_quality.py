@@ -25,7 +25,7 @@ from llmtrt.evaluate.agreement import agreement  # noqa: E402
 from llmtrt.evaluate.peer import load_transformers  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
 from llmtrt.quantization import layerwise, statistics  # noqa: E402
-from llmtrt.quantization.recipe import Recipe, read_recipe  # noqa: E402
+from llmtrt.quantization.recipe import read_recipe  # noqa: E402
 
 CONTEXT, TOKENS, COMPARED = 1024, 16384, 4096
 REFERENCE = "transformers fp32"

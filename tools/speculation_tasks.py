@@ -36,7 +36,7 @@ def tasks(data: Path) -> dict[str, list[dict]]:
 
 def compare(plain: LLM, fast: LLM, data: Path, runs: int = 3) -> dict:
     """Each task on both in turn, greedily and sampled, ``runs`` times after a first: tokens/s of both, tokens that a step of
-    ``fast`` gave, and where the tokens first differ: by which of them, and how far the two likeliest logits are apart there."""
+    ``fast`` gave, and the first token that differs, with the distance of the two likeliest logits there."""
     results = {}
     for name, messages in tasks(data).items():
         for how, params in SAMPLING.items():

@@ -1,0 +1,213 @@
+"""INT4 projections written in standard operators: y [M, N] = x [M, K] · W, W in symmetric blocks of 128 along K.
+
+Each form has a layout for the weights, which ``pack`` makes of q [K, N] (−8 … 7) and scale [K / 128, N], and which ``write``
+puts into a graph. Bytes are v = 16 · hi + lo + 8, so that hi = ⌊v / 16⌋ and lo = v − 16 · hi − 8.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from llmtrt.graph.builder import GraphBuilder
+
+BLOCK = 128
+HALF = ir.DataType.FLOAT16
+Arrays = dict[str, np.ndarray]  # by what each is: bytes, scale, …
+Values = dict[str, ir.Value]
+
+
+@dataclass(frozen=True)
+class Form:
+    """``rows``: the M that it is meant for. ``constant``: its weights cannot be network inputs."""
+
+    pack: Callable[[np.ndarray, np.ndarray], Arrays]
+    write: Callable[[GraphBuilder, ir.Value, Values, int, int, int], ir.Value]
+    rows: tuple[int, ...] = (1,)
+    constant: bool = False
+
+
+def nibbles(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    return (16 * hi.astype(np.int16) + lo + 8).astype(np.int8)
+
+
+def pack_blocks(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """bytes [N, K / 128, 64]: byte j of a block has w[j] and w[j + 64]; scale [N, K / 128]."""
+    blocks = q.T.reshape(q.shape[1], -1, 2, BLOCK // 2)
+    return {"bytes": nibbles(blocks[:, :, 0], blocks[:, :, 1]), "scale": np.ascontiguousarray(scale.T)}
+
+
+def pack_pairs(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """bytes [N, K / 256, 128]: byte j has w[j] of one block and of the next; scales [N, K / 256, 1] of both."""
+    blocks = q.T.reshape(q.shape[1], -1, 2, BLOCK)
+    scales = scale.T.reshape(q.shape[1], -1, 2)
+    return {
+        "bytes": nibbles(blocks[:, :, 0], blocks[:, :, 1]),
+        "scale": np.ascontiguousarray(scales[..., :1]),
+        "scale_hi": np.ascontiguousarray(scales[..., 1:]),
+    }
+
+
+def pack_columns(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """bytes [K, N / 2], as a package has them: two columns a byte; scale [K / 128, N]."""
+    return {"bytes": nibbles(q[:, ::2], q[:, 1::2]), "scale": scale}
+
+
+def pack_rows(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """bytes [K / 128, 64, N], the columns innermost; scale [K / 128, N]."""
+    blocks = q.reshape(-1, 2, BLOCK // 2, q.shape[1])
+    return {"bytes": nibbles(blocks[:, 0], blocks[:, 1]), "scale": scale}
+
+
+def pack_int8(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """bytes [N, K], one weight each, and a scale for each row: another matrix, of the same size of numbers."""
+    return {"bytes": np.ascontiguousarray(q.T), "scale": np.ascontiguousarray(scale[:1].T)}
+
+
+def pack_native(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    return {"q": q, "scale": scale}
+
+
+def pack_native_rows(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    return {"q": np.ascontiguousarray(q.T), "scale": np.ascontiguousarray(scale.T)}
+
+
+def _split(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
+    """lo and hi of the bytes, fp16."""
+    v = g.op("DequantizeLinear", w["bytes"], g.constant(1, np.float16))
+    hi = g.op("Floor", g.op("Mul", v, g.constant(1 / 16, np.float16)))
+    lo = g.op("Sub", g.op("Sub", v, g.op("Mul", hi, g.constant(16, np.float16))), g.constant(8, np.float16))
+    return lo, hi
+
+
+def _part(g: GraphBuilder, x: ir.Value, axis: int, index: int) -> ir.Value:
+    return g.op("Gather", x, g.constant(index), axis=axis)
+
+
+def _rows(g: GraphBuilder, x: ir.Value, m: int, one: Callable[[ir.Value], ir.Value]) -> ir.Value:
+    """``one`` of each row [K] of x [M, K], written out: [M, N]."""
+    rows = [g.op("Unsqueeze", one(_part(g, x, 0, row)), g.constant([0])) for row in range(m)]
+    return rows[0] if m == 1 else g.op("Concat", *rows, axis=0)
+
+
+def write_blocks(scale_first: bool, split: int = 1) -> Callable:
+    """lo · x_a + hi · x_b, summed over blocks and bytes; ``split``: along K in so many parts, added at the end."""
+
+    def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+        lo, hi = _split(g, w)
+
+        def one(row: ir.Value) -> ir.Value:
+            halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, BLOCK // 2]))
+            p = g.op("Add", g.op("Mul", lo, _part(g, halves, 1, 0)), g.op("Mul", hi, _part(g, halves, 1, 1)))
+            if scale_first:
+                p = g.op("Mul", p, g.op("Unsqueeze", w["scale"], g.constant([2])))
+                if split == 1:
+                    return g.op("ReduceSum", p, g.constant([1, 2]), keepdims=0)
+                p = g.op("Reshape", p, g.constant([n, split, k // BLOCK // split, BLOCK // 2]))
+                return g.op(
+                    "ReduceSum", g.op("ReduceSum", p, g.constant([2, 3]), keepdims=0), g.constant([1]), keepdims=0
+                )
+            sums = g.op("ReduceSum", p, g.constant([2]), keepdims=0)
+            return g.op("ReduceSum", g.op("Mul", sums, w["scale"]), g.constant([1]), keepdims=0)
+
+        return _rows(g, x, m, one)
+
+    return write
+
+
+def write_together(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    """All rows in one product [M, N, K / 128, 64]."""
+    lo, hi = _split(g, w)
+    halves = g.op("Reshape", x, g.constant([m, 1, k // BLOCK, 2, BLOCK // 2]))
+    p = g.op("Add", g.op("Mul", lo, _part(g, halves, 3, 0)), g.op("Mul", hi, _part(g, halves, 3, 1)))
+    p = g.op("Mul", p, g.op("Unsqueeze", w["scale"], g.constant([2])))
+    return g.op("ReduceSum", p, g.constant([2, 3]), keepdims=0)
+
+
+def write_pairs(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    lo, hi = _split(g, w)
+
+    def one(row: ir.Value) -> ir.Value:
+        halves = g.op("Reshape", row, g.constant([k // BLOCK // 2, 2, BLOCK]))
+        a = g.op("Mul", g.op("Mul", lo, _part(g, halves, 1, 0)), w["scale"])
+        b = g.op("Mul", g.op("Mul", hi, _part(g, halves, 1, 1)), w["scale_hi"])
+        return g.op("ReduceSum", g.op("Add", a, b), g.constant([1, 2]), keepdims=0)
+
+    return _rows(g, x, m, one)
+
+
+def write_columns(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    lo, hi = _split(g, w)
+    scales = g.op("Reshape", w["scale"], g.constant([k // BLOCK, n // 2, 2]))
+
+    def one(row: ir.Value) -> ir.Value:
+        column = g.op("Reshape", row, g.constant([k, 1]))
+        sums = []
+        for part, values in enumerate((lo, hi)):
+            p = g.op("Reshape", g.op("Mul", values, column), g.constant([k // BLOCK, BLOCK, n // 2]))
+            p = g.op("Mul", g.op("ReduceSum", p, g.constant([1]), keepdims=0), _part(g, scales, 2, part))
+            sums.append(g.op("ReduceSum", p, g.constant([0]), keepdims=0))
+        pairs = [g.op("Unsqueeze", each, g.constant([1])) for each in sums]
+        return g.op("Reshape", g.op("Concat", *pairs, axis=1), g.constant([n]))
+
+    return _rows(g, x, m, one)
+
+
+def write_rows(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    lo, hi = _split(g, w)
+
+    def one(row: ir.Value) -> ir.Value:
+        halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, BLOCK // 2, 1]))
+        p = g.op("Add", g.op("Mul", lo, _part(g, halves, 1, 0)), g.op("Mul", hi, _part(g, halves, 1, 1)))
+        sums = g.op("Mul", g.op("ReduceSum", p, g.constant([1]), keepdims=0), w["scale"])
+        return g.op("ReduceSum", sums, g.constant([0]), keepdims=0)
+
+    return _rows(g, x, m, one)
+
+
+def write_int8(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    v = g.op("DequantizeLinear", w["bytes"], g.constant(1, np.float16))
+    return _rows(
+        g,
+        x,
+        m,
+        lambda row: g.op(
+            "Squeeze",
+            g.op("Mul", g.op("ReduceSum", g.op("Mul", v, row), g.constant([1])), w["scale"]),
+            g.constant([1]),
+        ),
+    )
+
+
+def write_unpacked(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    """The same bytes as ``write_blocks`` unpacked into a matrix, for many rows."""
+    values = g.op("Concat", *_split(g, w), axis=2)
+    matrix = g.op("Mul", values, g.op("Unsqueeze", w["scale"], g.constant([2])))
+    return g.op("MatMul", x, g.op("Transpose", g.op("Reshape", matrix, g.constant([n, k])), perm=[1, 0]))
+
+
+def write_native(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    return g.op("MatMul", x, g.op("DequantizeLinear", w["q"], w["scale"], axis=0, block_size=BLOCK))
+
+
+def write_native_sum(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    matrix = g.op("DequantizeLinear", w["q"], w["scale"], axis=1, block_size=BLOCK)
+    return _rows(g, x, m, lambda row: g.op("ReduceSum", g.op("Mul", matrix, row), g.constant([1]), keepdims=0))
+
+
+FEW = (1, 2, 4)
+FORMS = {
+    "native": Form(pack_native, write_native, (1, 2, 4, 8, 16, 64, 512), constant=True),
+    "native, sum": Form(pack_native_rows, write_native_sum, (1,), constant=True),
+    "blocks": Form(pack_blocks, write_blocks(True), FEW),
+    "blocks, scale last": Form(pack_blocks, write_blocks(False), FEW),
+    "blocks, split 2": Form(pack_blocks, write_blocks(True, 2)),
+    "blocks, split 4": Form(pack_blocks, write_blocks(True, 4)),
+    "blocks, rows together": Form(pack_blocks, write_together, (2, 4, 8)),
+    "pairs": Form(pack_pairs, write_pairs, FEW),
+    "columns": Form(pack_columns, write_columns),
+    "rows": Form(pack_rows, write_rows, FEW),
+    "int8": Form(pack_int8, write_int8, FEW),
+    "blocks, unpacked": Form(pack_blocks, write_unpacked, (8, 16, 64, 512)),
+}
