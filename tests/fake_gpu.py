@@ -441,7 +441,8 @@ class FakeEngine:
         if self.name == PLAN:
             return manifest["profiles"][profile]["shapes"]
         assert profile == 0
-        sizes = {"B": (1, 1, manifest["max_batch"]), "N": (manifest["capacity"],) * 3}
+        rows = manifest["check_rows"] if self.name == GREEDY else 1
+        sizes = {"B": (1, 1, rows * manifest["max_batch"]), "N": (manifest["capacity"],) * 3}
         return {
             name: list(zip(*(sizes.get(size, (size,) * 3) for size in value.shape)))
             for name, value in self.inputs.items()

@@ -70,6 +70,7 @@ def make_engine(folder: Path, package: Package, *flags: str, **package_fields) -
         "max_seq": MAX_SEQ,
         "chunk": CHUNK,
         "capacity": CAPACITY,
+        "check_rows": 8,
         "model": package.spec.to_json(),
         "generation": {},
         "producer": "llmtrt of old",

@@ -644,7 +644,31 @@ def test_drafts_are_checked_in_one_step(engine, machine, reference):
             assert [request.token_ids for request in made] == [said for said, _ in expected]
             assert speculation.accepted > 0
     assert {run["logits_index"][1] for run in trt.runs_of(PLAN, 1)} >= {1, 2, 4}
+    assert {run["logits"][0] for run in trt.runs_of(GREEDY)} >= {2, 4, 3 * 2}  # greedy ones are checked on the device
     session.close()
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_likeliest_token_of_every_row(engine, machine, reference, graphs):
+    cuda, _ = machine()
+    session = TrtSession(engine, cuda_graphs=graphs)
+    rng = np.random.default_rng(4)
+    for each in (session, reference):
+        each.reserve(3, 40)
+    before = 0
+    for rows in (2, 5, CHUNK, 2):
+        ids = rng.integers(0, 97, (3, rows))
+        positions = before + np.broadcast_to(np.arange(rows), (3, rows))
+        logits = reference.step(ids, positions, np.broadcast_to(np.arange(rows), (3, rows)))
+        assert np.array_equal(session.likeliest(ids, positions), logits.argmax(2))
+        before += rows
+    assert cuda.calls["cudaGraphInstantiate"] == (4 if graphs else 0)  # larger logits move, and what was captured goes
+    poison(cuda, session)
+    assert (session.likeliest(ids, positions) == -1).all()
+    with pytest.raises(ValueError, match="from slot 0 on, up to position 48, is more than what was reserved"):
+        session.likeliest(ids, positions + 48 - int(positions.max()))
+    session.close()
+    assert not cuda.live
 
 
 def test_activations_that_a_sampler_needs_more_of_are_told_to_the_decoder(engine, machine, reference, monkeypatch):
@@ -754,7 +778,7 @@ def test_tensorrt_may_allocate_by_itself(engine, machine, reference, allocation)
     assert {context.strategy for context in trt.contexts} == {allocation}
     whole = 3 * CHUNK * CHUNK * 1000
     taken = {context.memory[1] for context in trt.contexts}
-    assert taken == {whole, 1500} | ({3000} if allocation == "profile" else set())
+    assert taken == {whole, 1500, 3 * CHUNK * 500} | ({3000} if allocation == "profile" else set())
     measured = session.memory().measured
     assert measured.activations == 0 and measured.scratch > sum(context.memory[1] for context in trt.contexts)
     session.close()

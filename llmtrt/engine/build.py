@@ -170,7 +170,8 @@ def _build_samplers(flavor: Flavor, package: Package, options: BuildOptions, fol
     for name, greedy_only in ((GREEDY, True), (SAMPLER, False)):
         graph = ir.to_proto(write_sampler(package.spec.vocab_size, greedy_only)).SerializeToString()
         where = folder / Path(name).with_suffix(".onnx")  # never there: it has no external data
-        build_plan(flavor, graph, where, partial(sampler_profiles, options=options), options, folder / name, silent)
+        profiles = partial(sampler_profiles, options=options, rows=options.check_rows if greedy_only else 1)
+        build_plan(flavor, graph, where, profiles, options, folder / name, silent)
 
 
 def _lowered(
@@ -221,6 +222,7 @@ def _write_manifest(
         "max_seq": options.max_seq,
         "chunk": options.chunk,
         "capacity": options.capacity,
+        "check_rows": options.check_rows,
         "model": package.spec.to_json(),
         "generation": package.generation,
         "package": {

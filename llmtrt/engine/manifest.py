@@ -15,7 +15,7 @@ ENGINE = Kind("llmtrt-engine", 2, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN = "engine.plan"
 GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
 REFIT_GRAPH = "graph.onnx"  # of a plan that can be refitted: what it was built from, without weights
-_SIZES = ("max_batch", "max_seq", "chunk", "capacity")
+_SIZES = ("max_batch", "max_seq", "chunk", "capacity", "check_rows")
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ class Engine:
     def chunk(self) -> int:
         """The most rows of one step."""
         return self.manifest["chunk"]
+
+    @property
+    def check_rows(self) -> int:
+        """The most rows of a sequence whose likeliest tokens the plan GREEDY gives in one step."""
+        return self.manifest["check_rows"]
 
     @property
     def capacity(self) -> int:

@@ -10,6 +10,7 @@ from llmtrt.errors import UserError
 REFITS = ("identical", "any")
 # LAZY swaps kernels while a person waits, and with them the last bits of every number; EAGER compiles for every new
 # shape. NONE is the same kernels always.
+CHECK_ROWS = 16
 KERNEL_SPECIALIZATION = "NONE"
 _TYPICAL_CONTEXT = 1024
 
@@ -34,6 +35,11 @@ class BuildOptions:
     timing_cache: Path | None = None
     debug_tensors: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()  # of trt.BuilderFlag, from resolved()
+
+    @property
+    def check_rows(self) -> int:
+        """The most rows of a step that checks a draft."""
+        return min(CHECK_ROWS, self.chunk)
 
     @property
     def capacity(self) -> int:

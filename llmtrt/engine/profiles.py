@@ -39,9 +39,9 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Pr
     ]
 
 
-def sampler_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
-    """One profile: B is free, and there is noise for each row of the cache."""
-    sizes = {0: (1, options.opt_batch, options.max_batch), 1: (options.capacity,) * 3}
+def sampler_profiles(inputs: dict[str, Shape], options: BuildOptions, rows: int = 1) -> list[Profile]:
+    """One profile: B is free, for up to ``rows`` rows of each sequence, and there is noise for each row of the cache."""
+    sizes = {0: (1, options.opt_batch, rows * options.max_batch), 1: (options.capacity,) * 3}
     shapes = {
         name: tuple(zip(*(sizes[axis] if size < 0 else (size,) * 3 for axis, size in enumerate(shape))))
         for name, shape in inputs.items()

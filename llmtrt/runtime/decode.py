@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from llmtrt.runtime.session import Decoding
 _NOW = ("input_ids", "positions", "steps")
 _NEXT = ("next_ids", "next_positions", "next_steps")
 _FIXED = ("logits_index", "last_rows", "tokens")
+Contexts = tuple[Context, Context]  # of one step: the model's, the sampler's
 _PARAMS = ("temperature", "repetition_penalty", "top_k", "top_p", "min_p")  # fp32 [slots] each
 
 
@@ -95,8 +97,8 @@ class DecodeLoop:
     """Runs decode steps, each behind the one before; a graph is captured for each number of slots, context bucket and kind
     of sampler when it is first needed, and kept until ``forget``.
 
-    ``decoder(slots, bucket)`` and ``sampler(slots, sampled)`` give contexts that are ready to run. ``captures``: without,
-    each step is put on the stream anew.
+    ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket)`` give the two contexts of a step, model and
+    sampler, ready to run. ``captures``: without, each step is put on the stream anew.
 
     Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
     past a stop is discarded.
@@ -105,12 +107,12 @@ class DecodeLoop:
     def __init__(
         self,
         cuda: Cuda,
-        decoder: Callable[[int, int], Context],
-        sampler: Callable[[int, bool], Context],
+        decoder: Callable[[int, int, bool], Contexts],
+        checker: Callable[[int, int, int], Contexts],
         captures: bool,
     ):
-        self._cuda, self._decoder, self._sampler, self._captures = cuda, decoder, sampler, captures
-        self._graphs: dict[tuple[int, int, bool], object] = {}
+        self._cuda, self._decoder, self._checker, self._captures = cuda, decoder, checker, captures
+        self._graphs: dict[tuple, object] = {}
         self._events = [cuda.event() for _ in range(2)]
         self._turn = 0
         self._under_way: deque[tuple[object, np.ndarray]] = deque()
@@ -133,7 +135,8 @@ class DecodeLoop:
         """Puts one step of the first ``slots`` slots on the stream."""
         if len(self._under_way) == len(self._events):
             raise ValueError("two steps are under way: ask for the tokens of the first")
-        self._step(state, slots, bucket, sampled)
+        contexts = partial(self._decoder, slots, bucket, sampled)
+        self._launch((slots, bucket, sampled), contexts, partial(state.advance, slots, sampled))
         tokens, event = state.fetch(self._turn, slots), self._events[self._turn % 2]
         self._cuda.record(event)
         self._under_way.append((event, tokens))
@@ -145,26 +148,29 @@ class DecodeLoop:
         self._cuda.wait(event)
         return tokens.copy()
 
-    def _step(self, state: DecodeState, slots: int, bucket: int, sampled: bool) -> None:
-        key = slots, bucket, sampled
+    def check(self, slots: int, rows: int, bucket: int) -> None:
+        """Puts one step of ``rows`` rows of each of the first ``slots`` slots on the stream, and the choice of the likeliest
+        token behind each row; inputs and outputs are where ``checker`` bound them."""
+        self._launch((slots, rows, bucket, "check"), partial(self._checker, slots, rows, bucket))
+
+    def _launch(self, key: tuple, contexts: Callable[[], Contexts], after: Callable[[], None] = lambda: None) -> None:
         if key in self._graphs:
             self._cuda.launch(self._graphs[key])
             return
-        self._decoder(slots, bucket)
-        sampler = self._sampler(slots, sampled)  # it may move the activations that the decoder was told of
-        decoder = self._decoder(slots, bucket)
+        contexts()
+        both = contexts()  # to make the second ready may move the activations that the first was told of
 
         def work() -> None:
-            decoder.run()
-            sampler.run()
+            for context in both:
+                context.run()
 
         def step() -> None:
             work()
-            state.advance(slots, sampled)
+            after()
 
         if not self._captures:
             step()
             return
-        work()  # TensorRT sets up what depends on shapes in a first run; without advance() it changes nothing
+        work()  # TensorRT sets up what depends on shapes in a first run; without what is after it, that changes nothing
         self._graphs[key] = self._cuda.capture(step)
         self._cuda.launch(self._graphs[key])

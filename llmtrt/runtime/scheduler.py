@@ -6,7 +6,8 @@ chunks between decode steps, so that nobody waits for a long one (Agrawal et al.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 
 import numpy as np
@@ -36,6 +37,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._turns = count()
         self._device = _Device(session) if isinstance(session, DeviceSession) else None
+        self._check_rows = session.check_rows if self._device else session.chunk
 
     def run(self, requests: Sequence[Request], slots: int) -> Iterator[Piece]:
         """Runs ``requests``, at most ``slots`` at a time, and yields each token as it comes. A request that is cancelled
@@ -187,7 +189,7 @@ class Scheduler:
         """A draft for each of ``decoding``, or none at all."""
         if self.speculation is None or self.speculation.rests():
             return []
-        drafts = self.speculation.drafts([slot.request for slot in decoding], self._session.chunk)
+        drafts = self.speculation.drafts([slot.request for slot in decoding], self._check_rows)
         return drafts if any(draft.tokens for draft in drafts) else []
 
     def _decode_on_device(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
@@ -230,19 +232,29 @@ class Scheduler:
             starts[slot.index] = slot.request.length - 1
         places = np.arange(rows)
         began = time.perf_counter()
-        logits = self._session.step(input_ids, starts + places, np.broadcast_to(places, (slots, rows)))
+        if (
+            rows > 1
+            and self._device
+            and all(slot.request.is_greedy and not slot.request.wants_logits for slot in decoding)
+        ):
+            tokens = self._session.likeliest(input_ids, starts + places)
+            takes = [partial(_take, slot.request, tokens[slot.index]) for slot in decoding]
+        else:
+            logits = self._session.step(input_ids, starts + places, np.broadcast_to(places, (slots, rows)))
+            takes = [partial(_accept, slot.request, logits[slot.index]) for slot in decoding]
         if self.speculation:
             self.speculation.measured(len(decoding), rows, time.perf_counter() - began)
         if self._device:
             for slot in self._slots[:slots]:
                 self._device.stale(slot)
-        for slot, draft in zip(decoding, drafts):
-            yield from self._verified(slot, draft, logits[slot.index])
+        for slot, draft, take in zip(decoding, drafts, takes):
+            yield from self._verified(slot, draft, take)
 
-    def _verified(self, slot: CacheSlot, draft: Draft, logits: np.ndarray) -> Iterator[Piece]:
-        request, accepted = slot.request, 0
+    def _verified(self, slot: CacheSlot, draft: Draft, take: Callable[[int], Piece]) -> Iterator[Piece]:
+        """``take(row)`` gives the request the token that follows a row of the step."""
+        accepted = 0
         for row in range(1 + len(draft.tokens)):
-            piece = self._took(slot, request.accept(logits[row]))
+            piece = self._took(slot, take(row))
             is_right = row < len(draft.tokens) and piece.token_id == draft.tokens[row]
             accepted += is_right
             if not is_right or piece.completion is not None:
@@ -269,6 +281,14 @@ class Scheduler:
                     slot.rows = min(slot.rows, longest)
                 places[slot] = slot.rows
         return places
+
+
+def _take(request: Request, tokens: np.ndarray, row: int) -> Piece:
+    return request.take(int(tokens[row]))
+
+
+def _accept(request: Request, logits: np.ndarray, row: int) -> Piece:
+    return request.accept(logits[row])
 
 
 def logits_of(session: Session, token_ids: np.ndarray, rows: int) -> Iterator[np.ndarray]:
@@ -321,7 +341,8 @@ class _Device:
                 self._session.park(slot.index, position)
                 self._admitted.pop(slot.index, None)
                 self._parked[slot.index] = position
-        length = max(slot.request.length + ahead for slot, ahead in wanted)
+        # Those who lack no more count too: a row that its window hides everything from would be NaN, and be cached.
+        length = max(slot.request.length + ahead for slot, ahead in under_way)
         length = max([length, *(position + 1 for position in parked.values())])
         greedy = all(slot.request.is_greedy for slot, _ in wanted)
         self._session.decode(slots, length, greedy)

@@ -26,6 +26,7 @@ from llmtrt.runtime.streaming import WeightBudget
 _DECODE, _PREFILL = 0, 1  # profiles of the engine
 _SMALLEST_CONTEXT = 256  # the KV range is rounded up to powers of two from here on: each length is a shape of its own
 _INPUTS = ("input_ids", "positions", "logits_index")
+_CHOSEN = ("tokens", "next_ids", "next_positions")
 _NOTHING = Region(0, 0)
 _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16}
 
@@ -83,7 +84,7 @@ class TrtSession:
         gpu = _find_gpu(engine)
         self._flavor = choose_for(engine.flavor, engine.flavor_version, engine.version_compatible, str(engine.path))
         self._settings.check(self._flavor)
-        self.spec, self.chunk = engine.spec, engine.chunk
+        self.spec, self.chunk, self.check_rows = engine.spec, engine.chunk, engine.check_rows
         self._path, self._max_batch, self._max_seq = engine.path, engine.max_batch, engine.max_seq
         self._capacity, self._debug_tensors = engine.capacity, engine.debug_tensors
         free = free_bytes(gpu)
@@ -108,7 +109,7 @@ class TrtSession:
         try:
             self._free_at_start = self._cuda.free_bytes()
             self._load(engine, package, budget, gpu, kernel_folder, trust_host_code, verify)
-            self._loop = DecodeLoop(self._cuda, self._decoder, self._sampler, cuda_graphs)
+            self._loop = DecodeLoop(self._cuda, self._contexts_of_step, self._contexts_of_check, cuda_graphs)
         except BaseException:
             self.close()
             raise
@@ -150,13 +151,7 @@ class TrtSession:
         """See ``Session``."""
         batch, rows = input_ids.shape
         wanted, last = logits_index.shape[1], int(positions.max())
-        slots, room = self._reserved
-        if first + batch > slots or rows > self.chunk or last >= room:
-            # TensorRT would drop the rows beyond the cache without a word.
-            raise ValueError(
-                f"a step of {batch} × {rows} rows from slot {first} on, up to position {last}, is more than what was "
-                "reserved"
-            )
+        self._require_reserved(first, batch, rows, last)
         # Everything below is on one stream: the copies run before the step that reads them, so nobody waits in between.
         # The pinned array may be written again only after the copies from it have run, which the wait for the logits at
         # the end assures. A caller that did not wait would need TensorRT's set_input_consumed_event, or a second array.
@@ -165,18 +160,26 @@ class TrtSession:
             self._state.feed(input_ids, positions)
         else:
             context = self._prefill(first, batch, rows, wanted, self._bucket(last + 1))
-            places = self._input_places()
-            for name, values in zip(_INPUTS, (input_ids, positions, logits_index)):
-                offset = (places[name].address - self._inputs.address) // 8
-                staged = self._host_inputs[offset : offset + values.size]
-                staged[:] = values.reshape(-1)
-                self._cuda.upload(places[name].address, staged)
+            self._upload(input_ids, positions, logits_index)
         self._logger.clear()
         context.run()
         logits = self._host_logits[: batch * wanted * self.spec.vocab_size]
         self._cuda.download(logits, self._logits.address)
         self._cuda.synchronize()
         return logits.reshape(batch, wanted, self.spec.vocab_size).copy()
+
+    def likeliest(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """See ``DeviceSession``; as ``step``, it waits for the end."""
+        batch, rows = input_ids.shape
+        last = int(positions.max())
+        self._require_reserved(0, batch, rows, last)
+        self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
+        self._logger.clear()
+        self._loop.check(batch, rows, self._bucket(last + 1))
+        tokens = np.empty((batch, rows), np.int64)
+        self._cuda.download(tokens, self._input_places()["tokens"].address)
+        self._cuda.synchronize()
+        return tokens
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         """See ``Session``."""
@@ -312,6 +315,41 @@ class TrtSession:
         context = self._context(PLAN, _DECODE, batch, bucket)
         return self._prepared(context, 0, (batch, 1, 1, bucket), self._state.places())
 
+    def _require_reserved(self, first: int, batch: int, rows: int, last: int) -> None:
+        slots, room = self._reserved
+        if first + batch > slots or rows > self.chunk or last >= room:
+            # TensorRT would drop the rows beyond the cache without a word.
+            raise ValueError(
+                f"a step of {batch} × {rows} rows from slot {first} on, up to position {last}, is more than what was "
+                "reserved"
+            )
+
+    def _upload(self, *inputs: np.ndarray) -> None:
+        """Puts the copies of a prefill step's inputs on the stream."""
+        places = self._input_places()
+        for name, values in zip(_INPUTS, inputs):
+            offset = (places[name].address - self._inputs.address) // 8
+            staged = self._host_inputs[offset : offset + values.size]
+            staged[:] = values.reshape(-1)
+            self._cuda.upload(places[name].address, staged)
+
+    def _contexts_of_step(self, batch: int, bucket: int, sampled: bool) -> tuple[Context, Context]:
+        decoder = self._decoder(batch, bucket)
+        return decoder, self._sampler(batch, sampled)
+
+    def _contexts_of_check(self, batch: int, rows: int, bucket: int) -> tuple[Context, Context]:
+        """A prefill step whose every row's logits are wanted, and the likeliest token of each as if it were a sequence."""
+        count, places = batch * rows, self._input_places()
+        model = self._context(PLAN, _PREFILL, batch, rows, bucket)
+        model = self._prepared(model, 0, (batch, rows, rows, bucket), places)
+        chooser = self._context(GREEDY, 0, "rows", count)
+        if chooser.state != self._layout:
+            self._grow_activations(self._shape_sampler(chooser, GREEDY, count))
+            own = {name: places[name] for name in ("positions", *_CHOSEN)} | {"last_rows": places["positions"]}
+            chooser.bind(own | {"logits": self._logits}, self._activations)
+            chooser.state = self._layout
+        return model, chooser
+
     def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int) -> Context:
         context = self._context(PLAN, _PREFILL)
         return self._prepared(context, first, (batch, rows, wanted, length), self._input_places())
@@ -363,14 +401,16 @@ class TrtSession:
         their KV cache and the sampler's state do not fit."""
         length = self._bucket(min(self._capacity, max_seq + self.chunk))
         side_by_side = min(slots, self.chunk)  # a prefill step has a chunk of rows, of one prompt or of several
-        most = self._max_batch if self._streaming_scratch else slots
+        samplers = [(GREEDY, slots), (SAMPLER, slots)]
+        if self._streaming_scratch:
+            samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
         activations = max(
             self._shape(self._context(PLAN, _DECODE, slots, length), (slots, 1, 1, length)),
             self._shape(self._context(PLAN, _PREFILL), (1, min(self.chunk, max_seq), 1, length)),
             self._shape(
                 self._context(PLAN, _PREFILL), (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)
             ),
-            *(self._shape_sampler(self._context(plan, 0, most), plan, most) for plan in (GREEDY, SAMPLER)),
+            *(self._shape_sampler(self._context(plan, 0, count), plan, count) for plan, count in samplers),
         )
         if self._streaming_scratch:
             # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
@@ -402,7 +442,7 @@ class TrtSession:
         try:
             self._kv.allocate(slots)
             self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._capacity)
-            size = len(_INPUTS) * aligned(slots * self.chunk * 8)
+            size = len(_INPUTS + _CHOSEN) * aligned(slots * self.chunk * 8)
             self._inputs = Region(self._cuda.allocate(size), size)
             self._host_inputs = self._cuda.pinned(size // 8, np.int64)
             self._grow_logits(slots * self.spec.vocab_size)
@@ -412,9 +452,10 @@ class TrtSession:
         self._moved()
 
     def _input_places(self) -> dict[str, Region]:
-        """Where the inputs of a prefill step lie."""
-        size = self._inputs.size // len(_INPUTS)
-        return {name: Region(self._inputs.address + index * size, size) for index, name in enumerate(_INPUTS)}
+        """Where the inputs of a prefill step lie, and what is chosen from its logits."""
+        names = _INPUTS + _CHOSEN
+        size = self._inputs.size // len(names)
+        return {name: Region(self._inputs.address + index * size, size) for index, name in enumerate(names)}
 
     def _free_slots(self) -> None:
         self._moved()
