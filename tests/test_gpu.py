@@ -18,6 +18,7 @@ from llmtrt.runtime.params import SamplingParams
 from llmtrt.runtime.sampling import Sampler
 from llmtrt.runtime.scheduler import logits_of
 from llmtrt.runtime.session import Decoding
+from llmtrt.runtime.speculation import Speculation
 from llmtrt.runtime.tensorrt import TrtSession
 
 pytestmark = pytest.mark.gpu
@@ -203,8 +204,9 @@ def test_a_stripped_plan_is_small_and_filled_from_its_package(made, tmp_path, na
             session.close()
 
 
-def on(session, engine) -> LLM:
-    return LLM.from_loaded(Loaded(session, engine.path, engine.generation, engine.max_batch, engine.max_seq))
+def on(session, engine, **options) -> LLM:
+    loaded = Loaded(session, engine.path, engine.generation, engine.max_batch, engine.max_seq)
+    return LLM.from_loaded(loaded, **options)
 
 
 SAMPLED = [
@@ -231,6 +233,49 @@ def test_tokens_chosen_on_the_device_are_the_hosts(made, name, captured):
             alone = llm.generate(prompts[1], SamplingParams(max_tokens=40, ignore_eos=True, **params))
             if name == "stories-fp32":  # in fp16 another batch size may round a near tie the other way
                 assert alone.token_ids == device[1].token_ids, params
+
+
+def test_slots_are_refilled_and_starts_are_reused(made):
+    """Nine requests in three slots, twice: the second time every start is in the cache."""
+    package, engine = made("stories-fp32")
+    texts = [tokens(package, count).tolist() for count in (240, 5, 70, 239, 30, 31, 200, 6, 68)]
+    prompts = [[*text, 20 + index] for index, text in enumerate(texts)]
+    params = [
+        SamplingParams(max_tokens=10 + 7 * index % 30, ignore_eos=True, **SAMPLED[index % len(SAMPLED)])
+        for index in range(len(prompts))
+    ]
+    with on(TrtSession(engine), engine, reuse_prefixes=False) as llm:
+        alone = [llm.generate(*pair).token_ids for pair in zip(prompts, params)]
+    with on(TrtSession(engine), engine) as llm:
+        for _ in range(2):
+            assert [one.token_ids for one in llm.generate(prompts, params)] == alone
+
+
+@pytest.mark.parametrize("name", ["stories-fp32", "stories-int4"])
+def test_the_likeliest_tokens_of_all_rows_are_the_logits_own(made, name):
+    package, engine = made(name)
+    ids, session = tokens(package, 16), TrtSession(engine)
+    try:
+        session.reserve(1, 64)
+        rows = np.arange(16)[None]
+        logits = session.step(ids[None], rows, rows)
+        for _ in range(2):  # eagerly before the capture, and from the graph
+            assert np.array_equal(session.likeliest(ids[None], rows), logits.argmax(2))
+    finally:
+        session.close()
+
+
+@pytest.mark.parametrize("params", SAMPLED[:2] + SAMPLED[-1:])
+def test_drafts_change_no_token(made, params):
+    package, engine = made("stories-fp32")
+    text = tokens(package, 60).tolist()
+    prompts, asked = [[*text, *text[:9]], text], SamplingParams(max_tokens=120, ignore_eos=True, **params)
+    speculation = Speculation()
+    with on(TrtSession(engine), engine) as plain, on(TrtSession(engine), engine, speculation=speculation) as fast:
+        assert [one.token_ids for one in fast.generate(prompts, asked)] == [
+            one.token_ids for one in plain.generate(prompts, asked)
+        ]
+    assert speculation.accepted > 0
 
 
 def test_a_stop_ends_the_tokens_where_the_host_would(made):

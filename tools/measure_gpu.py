@@ -8,6 +8,9 @@ smollm2    its engine on the text $WIKITEXT: agreement with ONNX Runtime, greedy
 variants   the 8B engines against each other, bit by bit; plan sizes and refit times
 speed      8B: tokens/s, the loop against bare execute_async_v3, kernels, gaps and host; memory by allocation strategy
 streaming  8B: tokens/s against weight budget beside a pinned copy, and with 4 GB of GPU memory free
+batches    8B: batches of 1, 4, 16 and 64 prompts, and a queue of 256 in 16 slots, refilled or in turns of 16
+turn       8B: the second turn of a chat against a cold one
+lookup     SmolLM2: prompt lookup on the texts of the folder $DATA
 start      process start to first token, with and without compiled kernels on disk
 failures   what a user sees of engines that do not fit
 """
@@ -26,17 +29,20 @@ from pathlib import Path
 import numpy as np
 import provenance
 import random_package
+from speculation_tasks import compare
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from llmtrt import LLM, SamplingParams, quantize  # noqa: E402
+from llmtrt import LLM, SamplingParams, build, quantize  # noqa: E402
 from llmtrt.engine.flavor import choose  # noqa: E402
 from llmtrt.engine.gpu import find_gpus  # noqa: E402
 from llmtrt.engine.manifest import open_engine  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
+from llmtrt.evaluate.speed import Case, measure  # noqa: E402
 from llmtrt.package import open_package  # noqa: E402
 from llmtrt.runtime.cuda import Cuda  # noqa: E402
 from llmtrt.runtime.load import Loaded  # noqa: E402
 from llmtrt.runtime.scheduler import logits_of  # noqa: E402
+from llmtrt.runtime.speculation import Speculation  # noqa: E402
 from llmtrt.runtime.tensorrt import TrtSession  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -62,12 +68,15 @@ def say(*words: object) -> None:
 START = time.monotonic()
 
 
-def load(path: Path, **options: object) -> tuple[LLM, float]:
+def load(
+    path: Path, reuse_prefixes: bool = False, speculation: Speculation | None = None, **options: object
+) -> tuple[LLM, float]:
+    """The engine as an LLM for which the same prompt takes its time again, and the seconds of loading it."""
     start = time.monotonic()
     engine = open_engine(path, verify=False)
     session = TrtSession(engine, verify=False, **options)
     loaded = Loaded(session, path, engine.generation, engine.max_batch, engine.max_seq)
-    llm = LLM.from_loaded(loaded, reuse_prefixes=False)  # the same prompt again is to take its time again
+    llm = LLM.from_loaded(loaded, engine.max_batch, reuse_prefixes=reuse_prefixes, speculation=speculation)
     return llm, time.monotonic() - start
 
 
@@ -476,6 +485,75 @@ def streaming(folder: Path) -> dict:
     return {"pinned_copy_gb_s": round(copy, 2), "curve": curve, "with_4_gb_free": small}
 
 
+# --- many sequences, chats and drafts -------------------------------------------------------------------------------
+
+
+def batches(folder: Path) -> dict:
+    path = engine_folder(folder, "batch")
+    if not path.exists():
+        package = random_package.write(folder / "package", "8b")
+        options = {"max_batch": 64, "max_seq": 1024, "verify": False}
+        say("built", round(build(package.path, path, **options).seconds, 1))
+    llm, _ = load(path)
+    results: dict = {}
+    for size in (1, 4, 16, 64):
+        speed = measure(llm, Case(PROMPT, NEW, size), runs=2)
+        results[f"batch {size}"] = {
+            "ttft_ms": round(1e3 * speed.ttft, 1),
+            "gap_p50_ms": round(1e3 * speed.gap_p50, 2),
+            "gap_p99_ms": round(1e3 * speed.gap_p99, 2),
+            "tokens_per_s": round(speed.tokens_per_second, 1),
+        }
+        say(size, results[f"batch {size}"])
+    results["memory"] = llm.memory().to_json()
+    llm.close()
+    rng, slots = np.random.default_rng(1), 16
+    prompts = [rng.integers(0, 128000, count).tolist() for count in rng.integers(32, PROMPT, 256)]
+    params = [SamplingParams(max_tokens=int(count), **GREEDY) for count in rng.integers(16, NEW, 256)]
+    count = sum(each.max_tokens for each in params)
+    llm, _ = load(path)
+    llm.max_batch = slots
+    llm.generate(prompts[:slots], params[:slots])
+    began = time.monotonic()
+    llm.generate(prompts, params)
+    refilled = time.monotonic() - began
+    began = time.monotonic()
+    for start in range(0, 256, slots):
+        llm.generate(prompts[start : start + slots], params[start : start + slots])
+    turns = time.monotonic() - began
+    llm.close()
+    results["queue of 256"] = {
+        "slots": slots,
+        "new_tokens": count,
+        "tokens_per_s_refilled": round(count / refilled, 1),
+        "tokens_per_s_in_turns": round(count / turns, 1),
+        "ratio": round(turns / refilled, 3),
+    }
+    say(results["queue of 256"])
+    return results
+
+
+def turn(folder: Path) -> dict:
+    llm, _ = load(engine_folder(folder, "whole"), reuse_prefixes=True)
+    second = measure(llm, Case(prompt=48, tokens=16, context=1900), runs=5)
+    cold = measure(llm, Case(prompt=1948, tokens=16), runs=5)
+    llm.close()
+    found = {"ttft_ms": {"48 tokens behind 1900": round(1e3 * second.ttft, 2), "1948 cold": round(1e3 * cold.ttft, 2)}}
+    say(found)
+    return found | {"ratio": round(cold.ttft / second.ttft, 2)}
+
+
+def lookup(folder: Path) -> dict:
+    path = engine_folder(folder / "smollm2", "whole")
+    (plain, _), (fast, _) = load(path), load(path, speculation=Speculation())
+    found = compare(plain, fast, Path(os.environ["DATA"]))
+    seconds = {f"{count} × {rows} rows": value for (count, rows), value in fast.speculation.seconds.items()}
+    plain.close()
+    fast.close()
+    say(found)
+    return {"tasks": found, "seconds_of_a_step": seconds}
+
+
 # --- starting and failing ------------------------------------------------------------------------------------------
 
 _FIRST = """
@@ -601,6 +679,9 @@ STAGES = {
     "variants": variants,
     "speed": speed,
     "streaming": streaming,
+    "batches": batches,
+    "turn": turn,
+    "lookup": lookup,
     "start": start,
     "failures": failures,
 }

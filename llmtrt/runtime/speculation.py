@@ -64,13 +64,14 @@ class Speculation:
     long steps of that many rows took and how often drafts were right. Where none promises more than one row does, it rests
     and then tries one short draft, which shows whether that is still so.
 
-    ``steps``, ``drafted``, ``accepted``: steps with a draft, the tokens of these, and those that were right.
+    ``steps``, ``drafted``, ``accepted``: steps with a draft, the tokens of these, and those that were right. ``seconds``:
+    of a step, by its sequences and the rows of each; None where it was seen once.
     """
 
     def __init__(self, drafter: Callable[[], Drafter] = PromptLookup):
         self._make = drafter
         self._known: dict[int, tuple[Request, Drafter, list[int]]] = {}
-        self._seconds: dict[tuple[int, int], float | None] = {}  # of a step, by its sequences and rows; None: once seen
+        self.seconds: dict[tuple[int, int], float | None] = {}
         self._right: dict[Hashable, tuple[float, float]] = {}  # by kind
         self._rest, self._is_trial = 0, False
         self.steps = self.drafted = self.accepted = 0
@@ -87,7 +88,7 @@ class Speculation:
         """A draft for each of ``requests``, all to be checked in one step of up to ``most_rows`` rows."""
         limit = min(most_rows, _ROWS[-1])
         found = [self._draft(request, min(limit, request.left) - 1) for request in requests]
-        if not any(draft.tokens for draft in found) or self._seconds.get((len(found), 1)) is None:
+        if not any(draft.tokens for draft in found) or self.seconds.get((len(found), 1)) is None:
             return [NOTHING] * len(found)
         rows = self._rows(found, limit)
         if rows > 1:
@@ -101,11 +102,11 @@ class Speculation:
     def measured(self, sequences: int, rows: int, seconds: float) -> None:
         """A step of ``sequences`` with ``rows`` rows each took that long."""
         key = sequences, rows
-        if key not in self._seconds:
-            self._seconds[key] = None  # the first of a shape may compile and allocate
+        if key not in self.seconds:
+            self.seconds[key] = None  # the first of a shape may compile and allocate
         else:
             # The least of the last few, since other programs run now and then.
-            self._seconds[key] = min(seconds, 1.05 * (self._seconds[key] or seconds))
+            self.seconds[key] = min(seconds, 1.05 * (self.seconds[key] or seconds))
 
     def verified(self, draft: Draft, accepted: int) -> None:
         """``accepted`` tokens of ``draft``, from its start, were right."""
@@ -133,12 +134,12 @@ class Speculation:
     def _rows(self, drafts: list[Draft], limit: int) -> int:
         """The number of rows that promises the most tokens a second."""
         count = len(drafts)
-        seconds = self._seconds[count, 1]
+        seconds = self.seconds[count, 1]
         best, rate = 1, _FASTER * count / seconds
         for rows in _ROWS[1:]:
             if rows > limit:
                 break
-            known = self._seconds.get((count, rows))
+            known = self.seconds.get((count, rows))
             seconds = (
                 known or seconds
             )  # not known: no longer than with fewer rows, so that it is tried where that may pay
