@@ -275,7 +275,7 @@ def engine(fp32, tmp_path, monkeypatch):
         "package": {"path": str(fp32.path), "sha256": fp32.digest}, "flavor": {"name": "rtx", "version": "1.6.1"},
         "compute_capabilities": [], "profiles": [], "lowerings": [], "flags": [],
         "runtime": {}, "debug_tensors": [], "memory": {"weights": None, "activations": None, "largest_weight": 0},
-        "max_batch": 2, "max_seq": 128, "chunk": 64, "capacity": 192,
+        "max_batch": 2, "max_seq": 128, "chunk": 64, "capacity": 192, "check_rows": 16,
     }  # fmt: skip
     files.write_json(folder / "manifest.json", manifest)
     return folder

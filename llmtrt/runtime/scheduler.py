@@ -15,7 +15,7 @@ import numpy as np
 from llmtrt.runtime.cache_slot import CacheSlot, shared_prefix
 from llmtrt.runtime.request import Piece, Request
 from llmtrt.runtime.session import DeviceSession, Session
-from llmtrt.runtime.speculation import NOTHING, Draft, Speculation
+from llmtrt.runtime.speculation import NOTHING, Draft, Speculation, rows_for
 
 _WORTHWHILE = (
     16  # rows of a prefix: to be copied from another slot, or waited for where another's prefill comes to them
@@ -222,7 +222,7 @@ class Scheduler:
         step of several rows are those of one (Leviathan et al. 2023, arXiv:2211.17192, whose rule this is for a draft
         without a distribution).
         """
-        rows = 1 + max(len(draft.tokens) for draft in drafts)
+        rows = rows_for(drafts)
         slots = self._count(decoding)
         input_ids, starts = np.zeros((slots, rows), np.int64), np.zeros((slots, 1), np.int64)
         for slot, position in self._parked(decoding, slots).items():

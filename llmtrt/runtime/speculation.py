@@ -24,6 +24,12 @@ class Draft:
 NOTHING = Draft()
 
 
+def rows_for(drafts: Sequence[Draft]) -> int:
+    """The rows of a step that checks ``drafts``: those that the longest needs, and padding up to the next of a few sizes."""
+    needed = 1 + max(len(draft.tokens) for draft in drafts)
+    return next(rows for rows in _ROWS if rows >= needed)
+
+
 class Drafter(Protocol):
     """Guesses the tokens of one request; a prompt's own text, or another model."""
 
@@ -86,7 +92,7 @@ class Speculation:
 
     def drafts(self, requests: Sequence[Request], most_rows: int) -> list[Draft]:
         """A draft for each of ``requests``, all to be checked in one step of up to ``most_rows`` rows."""
-        limit = min(most_rows, _ROWS[-1])
+        limit = max(rows for rows in _ROWS if rows <= most_rows)
         found = [self._draft(request, min(limit, request.left) - 1) for request in requests]
         if not any(draft.tokens for draft in found) or self.seconds.get((len(found), 1)) is None:
             return [NOTHING] * len(found)
