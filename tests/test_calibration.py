@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -56,14 +57,7 @@ def test_every_family_is_calibrated_and_better_than_rounding(family, tmp_path):
     ids = np.random.default_rng(1).integers(3, 90, (8, 24))
     found, model = solved(checkpoint, ids, tmp_path / "work", 8)
 
-    def hidden(weights):
-        values = model.start(torch.from_numpy(ids))
-        for layer in model.layers:
-            model.enter(layer)
-            others = weights(layer)
-            for stage in layer.stages:
-                values = model.run(stage.nodes, values, others)
-        return values[model.layers[-1].output]
+    hidden = partial(model.hidden, torch.from_numpy(ids))
 
     def dense(layer):
         names = [name for stage in layer.stages for name in stage.weights if name in found]

@@ -60,12 +60,7 @@ def stories():
 
 
 def logits(model, ids, others) -> torch.Tensor:
-    values = model.start(ids)
-    for layer in model.layers:
-        model.enter(layer)
-        for stage in layer.stages:
-            values = model.run(stage.nodes, values, others)
-    return model.finish(values[model.layers[-1].output], ids).flatten(0, 1).double().log_softmax(1)
+    return model.finish(model.hidden(ids, lambda layer: others), ids).flatten(0, 1).double().log_softmax(1)
 
 
 def test_sensitivities_foretell_the_divergence(stories):

@@ -22,12 +22,7 @@ def test_logits_are_those_of_transformers(family, tmp_path):
     path = save(family, tmp_path / "checkpoint")
     model = layerwise(path)
     ids = torch.from_numpy(np.random.default_rng(0).integers(3, 90, (2, 21)))
-    values = model.start(ids)
-    for layer in model.layers:
-        model.enter(layer)
-        for stage in layer.stages:
-            values = model.run(stage.nodes, values)
-    logits = model.finish(values[model.layers[-1].output], ids)
+    logits = model.finish(model.hidden(ids), ids)
     wanted = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         reference = wanted(ids).logits

@@ -65,10 +65,11 @@ def solve(
         )
     work.mkdir(parents=True, exist_ok=True)
     ids, said = _tokens(source, recipe, calibration, work, make_rounded, report)
-    forms = None if recipe.bits is None else _forms(source, decoder, recipe, ids, work, report)
+    kept = {name for name, info in infos.items() if info.dtype == "int4" or recipe.excluding(name)}
+    forms = None if recipe.bits is None else _forms(source, decoder, recipe, kept, ids, work, report)
 
     def block_of(name: str, k: int) -> int | None:
-        if infos[name].dtype == "int4" or recipe.excluding(name):
+        if name in kept:
             return None
         if forms is None:
             return choose_block(k, recipe.group_size)
@@ -80,9 +81,9 @@ def solve(
 
 
 def _forms(
-    source: Checkpoint, decoder: Decoder, recipe: Recipe, ids: np.ndarray, work: Path, report: Report
+    source: Checkpoint, decoder: Decoder, recipe: Recipe, kept: set[str], ids: np.ndarray, work: Path, report: Report
 ) -> dict[str, Form]:
-    """The form of each matrix that the recipe's average of bits is for; kept in ``work``."""
+    """The form of each matrix but ``kept`` that the recipe's average of bits is for; saved in ``work``."""
     import torch
 
     from llmtrt.quantization.layerwise import choose_device
@@ -91,15 +92,11 @@ def _forms(
 
     ids = ids[:_SENSITIVITY_SEQUENCES]
     key = json.dumps([source.digest(), recipe.to_json(), hashlib.sha256(ids.tobytes()).hexdigest()])
-    if (work / _FORMS).is_file() and (kept := files.read_json(work / _FORMS)).get("key") == key:
-        return {name: Form(block) for name, block in kept["blocks"].items()}
+    if (work / _FORMS).is_file() and (saved := files.read_json(work / _FORMS)).get("key") == key:
+        return {name: Form(block) for name, block in saved["blocks"].items()}
     model, infos = LayerwiseModel(source, decoder, choose_device()), source.tensors()
     names = [name for layer in model.layers for stage in layer.stages for name in stage.weights]
-    options = {
-        name: forms
-        for name in names
-        if infos[name].dtype != "int4" and not recipe.excluding(name) and (forms := candidates(infos[name].shape[1]))
-    }
+    options = {name: forms for name in names if name not in kept and (forms := candidates(infos[name].shape[1]))}
     losses = sensitivities(model, torch.from_numpy(ids), options, getattr(torch, recipe.dtype), report)
     forms = choose_forms(losses, {name: infos[name].shape for name in losses}, recipe.bits)
     with files.staged_file(work / _FORMS) as staging:

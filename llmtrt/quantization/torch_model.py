@@ -1,6 +1,6 @@
 """The checkpoint's decoder on torch, with the weights of one layer in memory: the canonical graph, computed in fp32."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -66,6 +66,17 @@ class LayerwiseModel:
         self._enter(self._graph.after)
         values = self._graph.inputs(ids.to(self.device)) | {self.layers[-1].output: hidden}
         return self.run(self._graph.after, values)["logits"]
+
+    def hidden(self, ids: Tensor, others: Callable[[Layer], Mapping[str, Tensor]] = lambda layer: {}) -> Tensor:
+        """Hidden states, fp32 [B, S, H], of ``ids`` [B, S] after the last layer, with ``others(layer)`` in the place of a
+        layer's weights of those names."""
+        values = self.start(ids)
+        for layer in self.layers:
+            self.enter(layer)
+            replaced = others(layer)
+            for stage in layer.stages:
+                values = self.run(stage.nodes, values, replaced)
+        return values[self.layers[-1].output]
 
     def weight(self, name: str) -> Tensor:
         """A weight of the layer that was entered, fp32 [N, K]."""
