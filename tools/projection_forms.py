@@ -50,8 +50,13 @@ def pack_pairs(q: np.ndarray, scale: np.ndarray) -> Arrays:
 
 
 def pack_columns(q: np.ndarray, scale: np.ndarray) -> Arrays:
-    """bytes [K, N / 2], as a package has them: two columns a byte; scale [K / 128, N]."""
+    """bytes [K, N / 2]: two columns a byte; scale [K / 128, N]."""
     return {"bytes": nibbles(q[:, ::2], q[:, 1::2]), "scale": scale}
+
+
+def pack_package(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """bytes [K, N / 2] as they lie in a package's file: lo and hi in two's complement."""
+    return {"bytes": (q[:, ::2] & 15 | q[:, 1::2] << 4).astype(np.int8), "scale": scale}
 
 
 def pack_rows(q: np.ndarray, scale: np.ndarray) -> Arrays:
@@ -79,6 +84,15 @@ def _split(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
     hi = g.op("Floor", g.op("Mul", v, g.constant(1 / 16, np.float16)))
     lo = g.op("Sub", g.op("Sub", v, g.op("Mul", hi, g.constant(16, np.float16))), g.constant(8, np.float16))
     return lo, hi
+
+
+def _split_package(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
+    """lo and hi of bytes that hold two numbers of four bits in two's complement, as ONNX packs INT4."""
+    v = g.op("DequantizeLinear", w["bytes"], g.constant(1, np.float16))
+    hi = g.op("Floor", g.op("Mul", v, g.constant(1 / 16, np.float16)))
+    lo = g.op("Sub", v, g.op("Mul", hi, g.constant(16, np.float16)))
+    above = g.op("Floor", g.op("Mul", lo, g.constant(1 / 8, np.float16)))
+    return g.op("Sub", lo, g.op("Mul", above, g.constant(16, np.float16))), hi
 
 
 def _part(g: GraphBuilder, x: ir.Value, axis: int, index: int) -> ir.Value:
@@ -137,21 +151,38 @@ def write_pairs(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int)
     return _rows(g, x, m, one)
 
 
-def write_columns(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
-    lo, hi = _split(g, w)
-    scales = g.op("Reshape", w["scale"], g.constant([k // BLOCK, n // 2, 2]))
+def write_columns(scale_first: bool, split: Callable = _split) -> Callable:
+    """Sums over K of columns that lie side by side; the two of a byte are parted at the end."""
 
-    def one(row: ir.Value) -> ir.Value:
-        column = g.op("Reshape", row, g.constant([k, 1]))
-        sums = []
-        for part, values in enumerate((lo, hi)):
-            p = g.op("Reshape", g.op("Mul", values, column), g.constant([k // BLOCK, BLOCK, n // 2]))
-            p = g.op("Mul", g.op("ReduceSum", p, g.constant([1]), keepdims=0), _part(g, scales, 2, part))
-            sums.append(g.op("ReduceSum", p, g.constant([0]), keepdims=0))
-        pairs = [g.op("Unsqueeze", each, g.constant([1])) for each in sums]
-        return g.op("Reshape", g.op("Concat", *pairs, axis=1), g.constant([n]))
+    def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+        scales = g.op("Reshape", w["scale"], g.constant([k // BLOCK, n // 2, 2]))
 
-    return _rows(g, x, m, one)
+        def one(row: ir.Value) -> ir.Value:
+            column, sums = g.op("Reshape", row, g.constant([k, 1])), []
+            for part, values in enumerate(split(g, w)):
+                p = g.op("Reshape", g.op("Mul", values, column), g.constant([k // BLOCK, BLOCK, n // 2]))
+                scale = _part(g, scales, 2, part)
+                if scale_first:
+                    p = g.op("Mul", p, g.op("Unsqueeze", scale, g.constant([1])))
+                    sums.append(g.op("ReduceSum", p, g.constant([0, 1]), keepdims=0))
+                else:
+                    p = g.op("Mul", g.op("ReduceSum", p, g.constant([1]), keepdims=0), scale)
+                    sums.append(g.op("ReduceSum", p, g.constant([0]), keepdims=0))
+            pairs = [g.op("Unsqueeze", each, g.constant([1])) for each in sums]
+            return g.op("Reshape", g.op("Concat", *pairs, axis=1), g.constant([n]))
+
+        return _rows(g, x, m, one)
+
+    return write
+
+
+def write_package(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    """A package's own bytes unpacked into a matrix [K, N], for many rows."""
+    lo, hi = _split_package(g, w)
+    values = g.op("Concat", *(g.op("Unsqueeze", each, g.constant([2])) for each in (lo, hi)), axis=2)
+    values = g.op("Reshape", values, g.constant([k // BLOCK, BLOCK, n]))
+    matrix = g.op("Mul", values, g.op("Unsqueeze", w["scale"], g.constant([1])))
+    return g.op("MatMul", x, g.op("Reshape", matrix, g.constant([k, n])))
 
 
 def write_rows(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
@@ -206,7 +237,11 @@ FORMS = {
     "blocks, split 4": Form(pack_blocks, write_blocks(True, 4)),
     "blocks, rows together": Form(pack_blocks, write_together, (2, 4, 8)),
     "pairs": Form(pack_pairs, write_pairs, FEW),
-    "columns": Form(pack_columns, write_columns),
+    "columns": Form(pack_columns, write_columns(False)),
+    "columns, scale first": Form(pack_columns, write_columns(True), FEW),
+    "package": Form(pack_package, write_columns(False, _split_package)),
+    "package, scale first": Form(pack_package, write_columns(True, _split_package)),
+    "package, unpacked": Form(pack_package, write_package, (16, 512)),
     "rows": Form(pack_rows, write_rows, FEW),
     "int8": Form(pack_int8, write_int8, FEW),
     "blocks, unpacked": Form(pack_blocks, write_unpacked, (8, 16, 64, 512)),
