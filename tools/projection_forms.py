@@ -230,6 +230,7 @@ def write_native_sum(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n:
 FEW = (1, 2, 4)
 FORMS = {
     "native": Form(pack_native, write_native, (1, 2, 4, 8, 16, 64, 512), constant=True),
+    "native, weights as inputs": Form(pack_native, write_native, (1, 2, 4, 8, 16, 64, 512)),
     "native, sum": Form(pack_native_rows, write_native_sum, (1,), constant=True),
     "blocks": Form(pack_blocks, write_blocks(True), FEW),
     "blocks, scale last": Form(pack_blocks, write_blocks(False), FEW),

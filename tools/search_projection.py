@@ -89,6 +89,9 @@ def check(builds: bool) -> dict[str, float]:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+            if any(value.dtype == ir.DataType.INT4 for value in model.graph.inputs):
+                print(name, "cannot be fed to ONNX Runtime", f"{len(build(model)) / 1e6:.1f} MB plan" if builds else "")
+                break
             session = onnxruntime.InferenceSession(
                 ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
