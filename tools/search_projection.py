@@ -41,7 +41,10 @@ def chain(form: Form, m: int, shapes: tuple[int, int], pairs: int, seed: int = 0
         values = {}
         for name, array in packed.items():
             where = f"w{index}.{name}"
-            if name == "q":
+            if name == "q" and not form.constant:
+                values[name] = g.input(where, ir.DataType.INT4, list(array.shape))
+                arrays[where] = _int4(array)
+            elif name == "q":
                 values[name] = g.initializer(
                     ir.PackedTensor(_int4(array), ir.DataType.INT4, shape=ir.Shape(array.shape), name=where)
                 )
