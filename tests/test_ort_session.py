@@ -95,7 +95,7 @@ def test_speculation_changes_no_token(fp32, prompt):
         for each in params:
             assert fast.generate(prompt, each).token_ids == plain.generate(prompt, each).token_ids
         assert fast.speculation.accepted > 0
-    with pytest.raises(UserError, match="speculation should be prompt-lookup or None, but is 'magic'"):
+    with pytest.raises(UserError, match="speculation should be prompt-lookup, a Speculation or None, but is 'magic'"):
         LLM(fp32.path, speculation="magic")
 
 

@@ -25,7 +25,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 ENGINE_OPTIONS = frozenset(
     "weight_budget package allocation kernel_specialization cuda_graphs kernel_cache trust_host_code".split()
 )
-SPECULATION = ("prompt-lookup",)
+PROMPT_LOOKUP = "prompt-lookup"
 _LOGITS_BYTES = 64 << 20  # of one step where every token's logits are wanted
 
 
@@ -41,9 +41,9 @@ class LLM:
     before it did, such as a chat's next turn or one with the same system prompt, is computed from where it differs.
     ``speculation``: ``prompt-lookup`` guesses what follows from what followed in the text so far, and checks several
     tokens in one step where that is faster; tokens stay those of one step each, but for logits that differ in their last
-    bits. ``verify=False`` skips the SHA-256 of the files. For an engine, see ``TrtSession`` on ``weight_budget``,
-    ``package`` (a path here), ``allocation``, ``kernel_specialization``, ``cuda_graphs``, ``kernel_cache`` and
-    ``trust_host_code``.
+    bits; a ``Speculation`` takes another ``Drafter``. ``verify=False`` skips the SHA-256 of the files. For an engine, see
+    ``TrtSession`` on ``weight_budget``, ``package`` (a path here), ``allocation``, ``kernel_specialization``,
+    ``cuda_graphs``, ``kernel_cache`` and ``trust_host_code``.
 
     Attributes: ``spec`` (``ModelSpec``), ``runtime`` (a description for a person), ``notice`` (a sentence or None),
     ``max_batch``, ``max_seq``, ``tokenizer`` (None where the model has none), ``default_params`` (``SamplingParams``
@@ -62,18 +62,20 @@ class LLM:
         threads: int | None = None,
         accuracy_level: int = 4,
         reuse_prefixes: bool = True,
-        speculation: str | None = None,
+        speculation: str | Speculation | None = None,
         verify: bool = True,
         **engine_options: object,
     ):
         _check_limits(max_batch, max_seq)
         if unknown := engine_options.keys() - ENGINE_OPTIONS:
             raise UserError(f"LLM has no option {', '.join(sorted(unknown))}: see its documentation")
-        if speculation not in (None, *SPECULATION):
-            raise UserError(f"speculation should be {', '.join(SPECULATION)} or None, but is {speculation!r}")
+        if isinstance(speculation, str):
+            if speculation != PROMPT_LOOKUP:
+                raise UserError(f"speculation should be {PROMPT_LOOKUP}, a Speculation or None, but is {speculation!r}")
+            speculation = Speculation()
         options = {"threads": threads, "accuracy_level": accuracy_level} | ({} if chunk is None else {"chunk": chunk})
         loaded = load(Path(path), runtime, verify, engine_options, options)
-        self._set_up(loaded, max_batch, max_seq, reuse_prefixes, Speculation() if speculation else None)
+        self._set_up(loaded, max_batch, max_seq, reuse_prefixes, speculation)
 
     @classmethod
     def from_loaded(
