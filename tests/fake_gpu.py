@@ -331,6 +331,10 @@ class FakeTensorRT(types.ModuleType):
         self.runs, self.budgets, self.compiled, self.strategies = [], [], [], []
         self.read_as_stream = []
         self.contexts = weakref.WeakSet()
+        stored = (engine.package_path / "model.onnx.data").read_bytes() if engine.package_path else b""
+        self.weight_inputs = {
+            name: stored[start : start + size] for name, (start, size) in engine.weight_inputs.items()
+        }
         self.trusts_host_code = False
         outer = self
 
@@ -404,7 +408,8 @@ class FakeEngine:
         self.session = _session(trt.graph if name == PLAN else name, trt.manifest["model"]["vocab_size"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
-        self.names = [*self.inputs, *self.outputs]
+        self.weights = trt.weight_inputs if name == PLAN else {}
+        self.names = [*self.inputs, *self.weights, *self.outputs]
         self.num_io_tensors = len(self.names)
         self.streamable_weights_size = 0
         if name == PLAN and "WEIGHT_STREAMING" in trt.manifest["flags"]:
@@ -421,14 +426,18 @@ class FakeEngine:
         return self.names[index]
 
     def get_tensor_mode(self, name):
-        return types.SimpleNamespace(name="INPUT" if name in self.inputs else "OUTPUT")
+        return types.SimpleNamespace(name="OUTPUT" if name in self.outputs else "INPUT")
 
     def get_tensor_shape(self, name):
+        if name in self.weights:
+            return (len(self.weights[name]),)
         if self.name == PLAN and name in self.inputs:
             return (-1, *self.trt.manifest["profiles"][0]["shapes"][name][1][1:])
         return tuple(size if isinstance(size, int) else -1 for size in (self.inputs | self.outputs)[name].shape)
 
     def get_tensor_dtype(self, name):
+        if name in self.weights:
+            return types.SimpleNamespace(name="UINT8", itemsize=1)
         said, kind = KINDS[(self.inputs | self.outputs)[name].type]
         return types.SimpleNamespace(name=said, itemsize=np.dtype(kind).itemsize)
 
@@ -523,6 +532,8 @@ class FakeContext:
 
     def get_tensor_shape(self, name):
         """An output's from the inputs': dimensions of one name are equal."""
+        if name in self.engine.weights:
+            return self.engine.get_tensor_shape(name)
         if name in self.engine.inputs:
             return self.shapes[name]
         sizes = {}
@@ -564,7 +575,11 @@ class FakeContext:
             address, shape, size = where[name]
             return np.frombuffer(cuda.inside(address, size), kinds[name]).reshape(shape)
 
+        weights = {self.addresses[name]: content for name, content in engine.weights.items()}
+
         def run():
+            for address, content in weights.items():
+                assert bytes(cuda.inside(address, len(content))) == content, "a weight is not where it was bound"
             # Activations are scratch, and an output may be written before an input is read.
             ctypes.memset(memory[0], RESERVED, memory[1])
             for name in outputs:

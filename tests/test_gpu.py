@@ -204,6 +204,23 @@ def test_a_stripped_plan_is_small_and_filled_from_its_package(made, tmp_path, na
             session.close()
 
 
+@pytest.mark.parametrize("name", ["stories-int4", "smollm2-int4"])
+def test_weights_as_inputs_give_the_same(made, tmp_path, name):
+    """A plan without weights that needed no GPU to build, run from what the package's file holds."""
+    package, engine = made(name)
+    inputs = build(package.path, tmp_path / "engine", max_batch=3, max_seq=512, chunk=64, weights="inputs").engine
+    assert inputs.plan.stat().st_size < engine.plan.stat().st_size
+    prompt, sessions = tokens(package, 150), [TrtSession(each) for each in (inputs, engine)]
+    try:
+        ours, whole = (np.concatenate([*logits_of(session, prompt, 64)]) for session in sessions)
+        print(f"{name}: {inputs.plan.stat().st_size / 1e6:.1f} MB, max difference {np.abs(ours - whole).max():.1e}")
+        assert np.abs(ours - whole).max() <= 1e-2 * np.ptp(whole)
+        assert greedy(sessions[0], [prompt[:12]]) == greedy(sessions[1], [prompt[:12]])
+    finally:
+        for session in sessions:
+            session.close()
+
+
 def on(session, engine, **options) -> LLM:
     loaded = Loaded(session, engine.path, engine.generation, engine.max_batch, engine.max_seq)
     return LLM.from_loaded(loaded, **options)

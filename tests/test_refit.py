@@ -65,6 +65,7 @@ def make_engine(folder: Path, package: Package, *flags: str, **package_fields) -
         "runtime": {},
         "profiles": [],
         "debug_tensors": [],
+        "weight_inputs": {},
         "memory": {"weights": 5, "activations": [7, 8], "largest_weight": 9},
         "max_batch": 2,
         "max_seq": MAX_SEQ,

@@ -23,6 +23,7 @@ from llmtrt.graph.lowering import lower
 from llmtrt.graph.structure import load_graph
 from llmtrt.package import open_package
 from llmtrt.quantization.pipeline import quantize
+from llmtrt.quantization.recipe import Recipe
 from llmtrt.runtime import kernel_cache
 from llmtrt.runtime import tensorrt as runtime
 from llmtrt.runtime.cuda import Region
@@ -326,6 +327,51 @@ def test_a_plan_without_weights_is_filled_from_its_package(stripped, machine, re
     for ours, wanted in zip(drive(session, prompts, 2), drive(reference, prompts, 2)):
         assert np.array_equal(ours, wanted)
     session.close()
+
+
+@pytest.fixture(scope="module")
+def with_inputs(tmp_path_factory):
+    """An engine of a calibrated-looking INT4 package whose plan has no weights, built where there is no GPU."""
+    folder = tmp_path_factory.mktemp("inputs")
+    recipe = Recipe("rtn", 16, "float32", embedding="int8", lm_head="int8")
+    quantize(families.save("mistral", folder / "checkpoint"), folder / "package", recipe)
+    return build(folder / "package", folder / "engine", max_batch=3, max_seq=40, chunk=CHUNK, weights="inputs").engine
+
+
+def test_weights_are_bound_where_the_package_was_copied_to(with_inputs, machine):
+    package = open_package(with_inputs.package_path)
+    expected = OrtSession(package, threads=1, accuracy_level=1, chunk=CHUNK)
+    cuda, trt = machine(engine=with_inputs)
+    session = TrtSession(with_inputs)
+    for name, params in ASKED.items():
+        assert tokens(session, PROMPTS, params) == tokens(expected, PROMPTS, params), name
+    stored = (package.path / "model.onnx.data").read_bytes()
+    matrices = {
+        name: value.const_value.tobytes()
+        for name, value in load_graph(package).graph.initializers.items()
+        if value.shape.rank() > 1 and not name.startswith("constant/")
+    }
+    taken = with_inputs.weight_inputs
+    assert {name: stored[start : start + size] for name, (start, size) in taken.items()} == matrices
+    assert len(taken) == 3 * 2 * 7 + 3  # values and scales; the head's scale is a vector
+    whole = sum(length for _, length in taken.values())
+    assert session.memory().measured.weights >= whole
+    assert session.memory().predicted.weights == with_inputs.weight_bytes >= whole
+    session.close()
+    assert not cuda.live
+    with pytest.raises(UserError, match="takes the weights of the package it was built from alone"):
+        TrtSession(with_inputs, package=package)
+    assert not cuda.live
+
+
+def test_weights_that_are_not_there_are_told(with_inputs, machine, tmp_path):
+    machine(engine=with_inputs)
+    with pytest.raises(UserError, match="holds no weights, and the package .* is not at .* put it back there$"):
+        TrtSession(dataclasses.replace(with_inputs, package_path=None))
+    folder = shutil.copytree(with_inputs.package_path, tmp_path / "package")
+    os.truncate(folder / "model.onnx.data", 1000)
+    with pytest.raises(UserError, match=r"model.onnx.data ends before the weight .*make the package anew"):
+        TrtSession(dataclasses.replace(with_inputs, package_path=folder), verify=False)
 
 
 def test_a_plan_that_cannot_be_filled_says_why(stripped, machine):

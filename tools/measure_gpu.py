@@ -52,6 +52,7 @@ VARIANTS = {
     "streaming": {"weight_streaming": True},
     "stripped identical": {"strip": True},
     "stripped any": {"strip": True, "refit": "any"},
+    "weights as inputs": {"weights": "inputs"},
     "all together": {"strip": True, "refit": "any", "weight_streaming": True},
 }
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -128,10 +129,13 @@ def build_all(packages: dict[str, tuple[Path, Path, dict, list[str]]]) -> dict:
     return found
 
 
-def greedy_tokens(path: Path, ids: list[int], **options: object) -> list[int]:
+def greedy_tokens(path: Path, ids: list[int], **options: object) -> tuple[list[int], float]:
+    """The first tokens, and how many came a second."""
     llm, _ = load(path, **options)
     try:
-        return llm.generate(ids, SamplingParams(max_tokens=16, **GREEDY)).token_ids
+        llm.generate(ids, SamplingParams(max_tokens=16, **GREEDY))
+        done = llm.generate(ids, SamplingParams(max_tokens=16, **GREEDY))
+        return done.token_ids, done.tokens_per_second
     finally:
         llm.close()
         gc.collect()
@@ -139,19 +143,21 @@ def greedy_tokens(path: Path, ids: list[int], **options: object) -> list[int]:
 
 def compare_variants(folder: Path, ids: list[int], names: tuple[str, ...]) -> dict:
     whole, _ = logits(engine_folder(folder, "whole"), ids)
-    tokens = greedy_tokens(engine_folder(folder, "whole"), ids)
-    found = {}
+    tokens, rate = greedy_tokens(engine_folder(folder, "whole"), ids)
+    found: dict = {"whole": {"tokens_per_s": round(rate, 1)}}
     for name in names:
         path = engine_folder(folder, name)
         streams = "weight_streaming" in VARIANTS[name]
         options = {"weight_budget": "50%"} if streams else {}
         values, seconds = logits(path, ids, **options)
+        others, rate = greedy_tokens(path, ids, **options)
         found[name] = {
             "plan_mb": round((path / "engine.plan").stat().st_size / 1e6, 2),
             "load_seconds": round(seconds, 2),
             "weight_budget": "50%" if streams else "all",
             "bit_equal_to_whole": bool(np.array_equal(values, whole)),
-            "greedy_tokens_equal": greedy_tokens(path, ids, **options) == tokens,
+            "greedy_tokens_equal": others == tokens,
+            "tokens_per_s": round(rate, 1),
             "not_finite": int((~np.isfinite(values)).sum()),
             "largest_difference": float(np.nanmax(np.abs(values - whole))),
         }
@@ -254,7 +260,7 @@ def ids_8b() -> list[int]:
 
 
 def variants(folder: Path) -> dict:
-    return compare_variants(folder, ids_8b(), ("streaming", "stripped identical", "stripped any"))
+    return compare_variants(folder, ids_8b(), ("streaming", "stripped identical", "stripped any", "weights as inputs"))
 
 
 class Peak:
@@ -430,7 +436,7 @@ def copied_bytes(llm: LLM, ids: list[int], steps: int) -> int:
 
 def streaming(folder: Path) -> dict:
     path, ids = engine_folder(folder, "streaming"), ids_8b()
-    wanted = greedy_tokens(engine_folder(folder, "whole"), ids)
+    wanted, _ = greedy_tokens(engine_folder(folder, "whole"), ids)
     copy = pinned_copy()
     say("pinned copy", copy)
     curve = []

@@ -36,6 +36,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a plan that takes its own weights again, or those of any package of its architecture (needs a GPU)",
     )
     parser.add_argument(
+        "--weights",
+        choices=("plan", "inputs"),
+        default="plan",
+        help="inputs: they stay in the package, for a plan of a few MB that needs no GPU to build (default: plan)",
+    )
+    parser.add_argument(
         "--version-compatible",
         action="store_true",
         help="for later versions and the lean runtime; carries code that runs on the host, which loading it must allow",
@@ -87,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
             tactic_shared_memory=options.tactic_shared_memory,
             timing_cache=options.timing_cache,
             debug_tensors=tuple(options.debug_tensors),
+            weights=options.weights,
             verify=not options.no_verify,
             report=report,
         )

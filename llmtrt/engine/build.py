@@ -58,6 +58,7 @@ def build(
     tactic_shared_memory: int | None = None,
     timing_cache: str | Path | None = None,
     debug_tensors: tuple[str, ...] = (),
+    weights: str = "plan",
     verify: bool = True,
     report: Report = silent,
 ) -> Built:
@@ -76,7 +77,8 @@ def build(
     ``kernel_specialization`` (LAZY, EAGER, NONE; TensorRT-RTX): how kernels are chosen for shapes when it runs, kept in
     the manifest. ``workspace``, ``tactic_shared_memory``: bytes that a kernel may use of GPU memory and of a
     multiprocessor's shared memory. ``timing_cache``: a file of measured tactics, read if it exists and rewritten.
-    ``debug_tensors``: patterns of values that become outputs, for ``llmtrt debug``.
+    ``debug_tensors``: patterns of values that become outputs, for ``llmtrt debug``. ``weights``: "plan", or "inputs": they
+    stay in the package, from where they are copied to the GPU when the engine is loaded, which needs no GPU to build.
 
     Raises UserError, with nothing written, for a flavor that is missing, a flavor or a flag that needs a GPU where there
     is none, a graph that TensorRT refuses (naming the nodes), a failed build (with TensorRT's reason) and a full disk.
@@ -98,6 +100,7 @@ def build(
         tactic_shared_memory,
         None if timing_cache is None else Path(timing_cache),
         tuple(debug_tensors),
+        weights,
     )
     files.require_absent(output)
     trt = choose(flavor)
@@ -128,16 +131,18 @@ class _Decoder:
     debug_tensors: list[str]
     structure: str
     largest_weight: int  # bytes
+    weight_inputs: dict[str, tuple[int, int]]
 
 
 def _build_decoder(flavor: Flavor, package: Package, options: BuildOptions, folder: Path, report: Report) -> _Decoder:
     import onnx_ir as ir
 
     from llmtrt.graph.expose import expose
+    from llmtrt.graph.lowerings.weights_as_inputs import weight_inputs
     from llmtrt.graph.structure import load_graph, structure_digest, weights
 
     canonical = load_graph(package)
-    structure = structure_digest(canonical)
+    structure, stored = structure_digest(canonical), weight_inputs(canonical)
     model, lowerings = _lowered(package, canonical, flavor, options)
     shown = expose(model, options.debug_tensors)
     graph = ir.to_proto(model).SerializeToString()  # its weights stay in the package's file
@@ -156,7 +161,9 @@ def _build_decoder(flavor: Flavor, package: Package, options: BuildOptions, fold
     if refits:
         (folder / REFIT_GRAPH).write_bytes(graph)
     largest = max((tensor.nbytes for tensor in initializers.values()), default=0)
-    return _Decoder(profiles, memory, lowerings, shown, structure, largest)
+    inputs = {value.name for value in model.graph.inputs}
+    taken = {name: (tensor.offset, tensor.nbytes) for name, tensor in stored.items() if name in inputs}
+    return _Decoder(profiles, memory, lowerings, shown, structure, largest, taken)
 
 
 def _build_samplers(flavor: Flavor, package: Package, options: BuildOptions, folder: Path) -> None:
@@ -181,7 +188,7 @@ def _lowered(
     from llmtrt.graph.lowering import Target, lower
 
     _lint(package, model, lowered=False)  # lowerings are written for graphs that keep to the contract
-    model, names = lower(model, Target(flavor.name, flavor.capabilities, options.capacity))
+    model, names = lower(model, Target(flavor.name, flavor.capabilities, options.capacity, options.weights))
     _lint(package, model, lowered=True)
     return model, names
 
@@ -213,6 +220,7 @@ def _write_manifest(
         "runtime": {"kernel_specialization": options.kernel_specialization} if specializes else {},
         "profiles": [profile.to_json() for profile in made.profiles],
         "debug_tensors": made.debug_tensors,
+        "weight_inputs": made.weight_inputs,
         "memory": {
             "weights": made.memory.weights,
             "activations": None if made.memory.activations is None else list(made.memory.activations),

@@ -11,7 +11,7 @@ from llmtrt.errors import UserError
 from llmtrt.manifest import MANIFEST, Kind, read_manifest
 from llmtrt.package import WEIGHTS, ModelSpec
 
-ENGINE = Kind("llmtrt-engine", 2, "an engine", "llmtrt build PACKAGE -o ENGINE")
+ENGINE = Kind("llmtrt-engine", 3, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN = "engine.plan"
 GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
 REFIT_GRAPH = "graph.onnx"  # of a plan that can be refitted: what it was built from, without weights
@@ -69,8 +69,17 @@ class Engine:
         return self.manifest["debug_tensors"]
 
     @property
+    def weight_inputs(self) -> dict[str, tuple[int, int]]:
+        """Of each weight that the plan takes as an input, where it begins in the package's file of weights and its bytes."""
+        return {name: (start, length) for name, (start, length) in self.manifest["weight_inputs"].items()}
+
+    @property
     def weight_bytes(self) -> int:
         """GPU memory for all weights: what the builder said, or else the size of the files that hold them."""
+        if self.weight_inputs:
+            return sum(length for _, length in self.weight_inputs.values()) + (
+                self.manifest["memory"].get("weights") or 0
+            )
         said = self.manifest["memory"].get("weights")
         if said is not None and not self.stripped:
             return said
@@ -146,6 +155,7 @@ def _check(manifest: dict, where: Path) -> None:
         "flags": list,
         "debug_tensors": list,
         "memory": dict,
+        "weight_inputs": dict,
         "runtime": dict,
     }
     for name, kind in kinds.items():
@@ -174,12 +184,21 @@ def _check(manifest: dict, where: Path) -> None:
         )
     if any(flag.startswith("REFIT") for flag in manifest["flags"]) and REFIT_GRAPH not in manifest["files"]:
         raise UserError(f"{where}: 'files' should list {REFIT_GRAPH}: make the engine anew with `llmtrt build`")
+    for name, extent in manifest["weight_inputs"].items():
+        if not isinstance(extent, list) or len(extent) != 2 or not all(_is_size(size) for size in extent):
+            raise UserError(
+                f"{where}: weight_inputs should hold where {name} begins and its bytes, but holds {extent!r}"
+            )
     memory = manifest["memory"]
     activations = memory.get("activations")
     sizes = [memory.get("largest_weight"), *(activations if isinstance(activations, list) else [])]
     sizes += [] if memory.get("weights") is None else [memory["weights"]]
-    if not all(isinstance(size, int) and 0 <= size < 1 << 50 for size in sizes) or activations == []:
+    if not all(map(_is_size, sizes)) or activations == []:
         raise UserError(f"{where}: 'memory' should hold sizes in bytes: make the engine anew with `llmtrt build`")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 50
 
 
 def _find_package(path: Path, package: dict) -> Path | None:

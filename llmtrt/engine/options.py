@@ -11,6 +11,7 @@ REFITS = ("identical", "any")
 # LAZY swaps kernels while a person waits, and with them the last bits of every number; EAGER compiles for every new
 # shape. NONE is the same kernels always.
 CHECK_ROWS = 16
+WEIGHTS = ("plan", "inputs")
 KERNEL_SPECIALIZATION = "NONE"
 _TYPICAL_CONTEXT = 1024
 
@@ -34,6 +35,7 @@ class BuildOptions:
     tactic_shared_memory: int | None = None
     timing_cache: Path | None = None
     debug_tensors: tuple[str, ...] = ()
+    weights: str = "plan"
     flags: tuple[str, ...] = ()  # of trt.BuilderFlag, from resolved()
 
     @property
@@ -61,6 +63,7 @@ class BuildOptions:
             if getattr(self, name) is not None:
                 _size(name, getattr(self, name), 1 << 50)
         _check_specialization(flavor, self.kernel_specialization)
+        _check_weights(self)
         return replace(
             self,
             max_batch=max_batch,
@@ -86,6 +89,14 @@ def _check_specialization(flavor: Flavor, name: str) -> None:
             raise UserError(f"--kernel-specialization should be {', '.join(kinds)}, but is {name!r}")
     elif name != KERNEL_SPECIALIZATION:
         raise UserError(f"TensorRT {flavor.name} {flavor.version} has no kernel specialization: leave it out")
+
+
+def _check_weights(options: BuildOptions) -> None:
+    if options.weights not in WEIGHTS:
+        raise UserError(f"--weights should be {' or '.join(WEIGHTS)}, but is {options.weights!r}")
+    others = {"--strip": options.strip, "--refit": options.refit, "--weight-streaming": options.weight_streaming}
+    if options.weights == "inputs" and (given := [flag for flag, on in others.items() if on]):
+        raise UserError(f"--weights inputs leaves no weight in the plan for {', '.join(given)}: leave one of them out")
 
 
 def _flags(flavor: Flavor, options: BuildOptions) -> tuple[str, ...]:

@@ -25,8 +25,9 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Pr
     """Profile 0, decode: S = K = 1; profile 1, prefill: S and K from 1 to a chunk. B and L are free in both, and tuned
     for ``options.opt_batch`` and ``opt_context``.
 
-    ``inputs``: the network's shapes, −1 where a dimension is dynamic.
+    ``inputs``: the network's shapes, −1 where a dimension is dynamic. Those without one, which are weights, need none.
     """
+    inputs = {name: shape for name, shape in inputs.items() if any(size < 0 for size in shape)}
     chunk, capacity = options.chunk, options.capacity
     batch = (1, options.opt_batch, options.max_batch)
     context = (1, options.opt_context, capacity)

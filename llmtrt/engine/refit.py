@@ -42,14 +42,20 @@ def refit(
     does not fit (see ``refit_graph``), and if TensorRT is left without a weight, naming it.
     """
     if package is None:
-        if engine.package_path is None:
-            raise UserError(
-                f"{engine.path} holds no weights, and the package that it was built from is not at "
-                f"{engine.manifest['package'].get('path')} (from the engine's folder) or is another by now: put it back "
-                f"there, or make an engine with weights by `llmtrt refit {engine.path} --package PACKAGE -o NEW_ENGINE`"
-            )
-        package = open_package(engine.package_path, verify)
+        package = own_package(engine, verify)
     _fill(flavor, deserialized, engine, package, refit_graph(engine, package), logger)
+
+
+def own_package(engine: Engine, verify: bool) -> Package:
+    """The package that ``engine`` was built from; UserError where it is not where the manifest says, or another by now."""
+    if engine.package_path is None:
+        instead = f", or make an engine with weights by `llmtrt refit {engine.path} --package PACKAGE -o NEW_ENGINE`"
+        raise UserError(
+            f"{engine.path} holds no weights, and the package that it was built from is not at "
+            f"{engine.manifest['package'].get('path')} (from the engine's folder) or is another by now: put it back there"
+            f"{instead if engine.stripped else ''}"
+        )
+    return open_package(engine.package_path, verify)
 
 
 def refit_engine(

@@ -8,12 +8,13 @@ import onnx_ir as ir
 
 @dataclass(frozen=True)
 class Target:
-    """What a lowering may look at besides the model: ``flavor`` and ``capabilities`` of llmtrt.engine.flavor.Flavor,
-    and the ``capacity`` of the KV cache in rows per sequence."""
+    """What a lowering may look at besides the model: ``flavor`` and ``capabilities`` of llmtrt.engine.flavor.Flavor, the
+    ``capacity`` of the KV cache in rows per sequence, and where ``weights`` are to be: in the "plan", or its "inputs"."""
 
     flavor: str
     capabilities: frozenset[str]
     capacity: int
+    weights: str = "plan"
 
 
 @dataclass(frozen=True)

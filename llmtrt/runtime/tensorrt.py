@@ -11,7 +11,7 @@ from llmtrt.engine.gpu import Gpu, find_gpus, free_bytes
 from llmtrt.engine.load import deserialize, make_runtime
 from llmtrt.engine.logger import make_logger
 from llmtrt.engine.manifest import GREEDY, PLAN, SAMPLER, Engine
-from llmtrt.engine.refit import refit
+from llmtrt.engine.refit import own_package, refit
 from llmtrt.errors import UserError
 from llmtrt.package import Package
 from llmtrt.runtime.context import Context, Settings
@@ -22,6 +22,7 @@ from llmtrt.runtime.kernel_cache import KernelCache, default_folder
 from llmtrt.runtime.kv_cache import KvCache, aligned
 from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.streaming import WeightBudget
+from llmtrt.runtime.weight_inputs import WeightInputs
 
 _DECODE, _PREFILL = 0, 1  # profiles of the engine
 _SMALLEST_CONTEXT = 256  # the KV range is rounded up to powers of two from here on: each length is a shape of its own
@@ -104,6 +105,7 @@ class TrtSession:
         self._activations, self._inputs, self._logits = _NOTHING, _NOTHING, _NOTHING
         self._host_inputs = self._host_logits = self._loop = None
         self._state: DecodeState | None = None
+        self._weights: WeightInputs | None = None
         self._debug: dict[str, tuple[Region, tuple[int, ...]]] = {}
         self._free_at_start, self._measured, self._streaming_scratch = 0, {}, 0
         try:
@@ -260,7 +262,14 @@ class TrtSession:
             key = engine.manifest["files"][name]["sha256"], flavor.version, gpu.name, gpu.compute_capability, gpu.driver
             self._kernels[name] = KernelCache(flavor, kernel_folder, *key)
         decoder = self._engines[PLAN]
-        if engine.stripped or package is not None:
+        if engine.weight_inputs:
+            if package is not None:
+                raise UserError(
+                    f"{self._path} takes the weights of the package it was built from alone: leave --package out, or build "
+                    "an engine from that package"
+                )
+            self._weights = WeightInputs(engine, own_package(engine, verify), cuda)
+        elif engine.stripped or package is not None:
             refit(flavor, decoder, engine, logger, verify, package=package)
         if engine.streams:
             room = room_for_weights(engine, 1, cuda.free_bytes())
@@ -380,6 +389,7 @@ class TrtSession:
             self._grow_logits(batch * wanted * self.spec.vocab_size)
             self._grow_activations(self._shape(context, shapes))
             places = self._kv.places(first) | inputs | {"kv_range": self._range, "logits": self._logits}
+            places |= self._weights.places() if self._weights else {}
             context.bind(places | self._debug_places(context), self._activations)
             context.state = (first, *shapes, self._layout)
         return context
