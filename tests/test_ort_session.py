@@ -87,6 +87,34 @@ def test_prompts_that_share_their_start_and_a_next_turn_are_those_of_transformer
             start += done[1].text
 
 
+def test_a_cache_that_is_kept_grows_in_any_direction(fp32):
+    """A long prompt, then more that are short, then one that is longer still, whose start is the first's."""
+    long = list(range(3, 303))
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with LLM(fp32.path, threads=1, chunk=16) as llm, LLM(fp32.path, threads=1, chunk=16, reuse_prefixes=False) as cold:
+        for prompts in ([long], [[5, 6], [7, 8], [9, 10]], [[*long, *range(20, 60)]], [[5, 6, 11]] * 2):
+            warm = [done.token_ids for done in llm.generate(prompts, params)]
+            assert warm == [done.token_ids for done in cold.generate(prompts, params)]
+        assert llm._session._buffers[0].shape[:3:2] == (3, 340 + 4 + 16)
+
+
+def test_a_cache_that_would_not_fit_beside_the_old_one_is_made_anew(fp32, monkeypatch):
+    from llmtrt.runtime import onnxruntime as module
+
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    with LLM(fp32.path, threads=1, chunk=16) as llm:
+        room = llm._session._needed(1, 400)
+
+        def available():
+            taken = sum(buffer.nbytes for buffer in llm._session._buffers)
+            return room - taken
+
+        monkeypatch.setattr(module, "available_bytes", available)
+        monkeypatch.setattr("llmtrt.runtime.memory.available_bytes", available)
+        first = llm.generate(list(range(3, 203)), params)
+        assert llm.generate(list(range(3, 303)), params).token_ids and first.token_ids
+
+
 @pytest.mark.parametrize("prompt", [" ".join(PROMPTS[:2] * 2), PROMPTS[0]])
 def test_speculation_changes_no_token(fp32, prompt):
     params = [SamplingParams(max_tokens=120, ignore_eos=True)]

@@ -55,8 +55,11 @@ class FakeSession:
         rows = max_seq + self.chunk
         if any(keep) and slots <= len(self.cache) and rows <= self.cache.shape[1]:
             return len(self.cache)
-        old, self.cache = self.cache, np.full((slots, rows), UNWRITTEN)
-        kept = min(slots, len(keep)) if any(keep) else 0
+        old = self.cache
+        if any(keep):
+            slots, rows = max(slots, len(old)), max(rows, old.shape[1])
+        self.cache = np.full((slots, rows), UNWRITTEN)
+        kept = min(len(old), len(keep)) if any(keep) else 0
         for slot in range(kept):
             self.cache[slot, : keep[slot]] = old[slot, : keep[slot]]
         return kept
@@ -83,6 +86,9 @@ class FakeSession:
     def copy_rows(self, source, target, rows):
         self.copies.append((source, target, rows))
         self.cache[target, :rows] = self.cache[source, :rows]
+
+    def clear_rows(self, slot, start):
+        self.cache[slot, start:] = UNWRITTEN
 
     def close(self):
         self.closed = True

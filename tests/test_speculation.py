@@ -191,3 +191,34 @@ def test_other_drafters_are_asked_for_each_request(tmp_path, copying):
     llm = make(tmp_path, chunk=16, speculation=Eager(Knowing))
     assert llm.generate(prompt, params).token_ids == answer
     assert [rows for _, _, rows in llm._session.steps[1:]][-2:] == [4, 8]
+
+
+@pytest.mark.parametrize("name, share, rows", [("cheap rows", 0.9, 4), ("as TensorRT", 0.9, 4), ("dear rows", 0.05, 1)])
+def test_one_slow_step_is_not_remembered_for_good(name, share, rows):
+    seen = {}
+
+    def cost(size):
+        seen[size] = seen.get(size, 0) + 1
+        return COSTS[name](size) * (10 if size == rows and seen[size] == 2 else 1)
+
+    assert simulate(cost, lambda _: share, steps=6000) > 0.9 * simulate(COSTS[name], lambda _: share, steps=6000)
+
+
+def test_nothing_is_kept_of_streams_that_were_left(tmp_path, copying):
+    speculation = Eager()
+    llm = make(tmp_path, speculation=speculation)
+    for prompt in prompts_of([5] * 20):
+        stream = llm.generate_stream(prompt)
+        next(stream), next(stream), next(stream)
+    stream.close()
+    assert not speculation._known
+
+
+def test_a_cancelled_request_gives_no_more_of_its_draft(tmp_path, copying):
+    (prompt,) = prompts_of([6])
+    llm = make(tmp_path, chunk=16, speculation=Eager())
+    stream = llm.generate_stream([*prompt, *prompt, *prompt[:3]], SamplingParams(max_tokens=40, ignore_eos=True))
+    while llm._session.steps[-1:] != [(0, 1, 16)] or len(llm._session.steps) == 1:
+        next(stream)
+    stream.cancel()
+    assert [piece.finish_reason for piece in stream] == ["cancelled"]

@@ -519,15 +519,17 @@ def batches(folder: Path) -> dict:
     count = sum(each.max_tokens for each in params)
     llm, _ = load(path)
     llm.max_batch = slots
-    llm.generate(prompts[:slots], params[:slots])
-    began = time.monotonic()
-    llm.generate(prompts, params)
-    refilled = time.monotonic() - began
-    began = time.monotonic()
-    for start in range(0, 256, slots):
-        llm.generate(prompts[start : start + slots], params[start : start + slots])
-    turns = time.monotonic() - began
+    refilled, turns = [], []
+    for _ in range(2):  # the first of each also captures what the others find
+        began = time.monotonic()
+        llm.generate(prompts, params)
+        refilled.append(time.monotonic() - began)
+        began = time.monotonic()
+        for start in range(0, 256, slots):
+            llm.generate(prompts[start : start + slots], params[start : start + slots])
+        turns.append(time.monotonic() - began)
     llm.close()
+    refilled, turns = min(refilled), min(turns)
     results["queue of 256"] = {
         "slots": slots,
         "new_tokens": count,
@@ -553,7 +555,7 @@ def lookup(folder: Path) -> dict:
     path = engine_folder(folder / "smollm2", "whole")
     (plain, _), (fast, _) = load(path), load(path, speculation=Speculation())
     found = compare(plain, fast, Path(os.environ["DATA"]))
-    seconds = {f"{count} × {rows} rows": value for (count, rows), value in fast.speculation.seconds.items()}
+    seconds = {f"{rows} rows": fast.speculation.seconds(1, rows) for rows in (1, 2, 4, 8, 16)}
     plain.close()
     fast.close()
     say(found)

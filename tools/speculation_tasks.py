@@ -47,7 +47,7 @@ def compare(plain: LLM, fast: LLM, data: Path, runs: int = 3) -> dict:
                 if run:
                     rates.append((one.tokens_per_second, other.tokens_per_second))
                     later = len(other.token_ids) - 1
-                    per_step.append(later / (later - (fast.speculation.accepted - before)))
+                    per_step.append(later / max(1, later - (fast.speculation.accepted - before)))
             results[f"{name}, {how}"] = {
                 "prompt_tokens": one.prompt_tokens,
                 "new_tokens": [len(one.token_ids), len(other.token_ids)],

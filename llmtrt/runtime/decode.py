@@ -114,7 +114,7 @@ class DecodeLoop:
         self._cuda, self._decoder, self._checker, self._captures = cuda, decoder, checker, captures
         self._graphs: dict[tuple, object] = {}
         self._events = [cuda.event() for _ in range(2)]
-        self._turn = 0
+        self._turn = self.captured = 0
         self._under_way: deque[tuple[object, np.ndarray]] = deque()
 
     def forget(self) -> None:
@@ -173,4 +173,5 @@ class DecodeLoop:
             return
         work()  # TensorRT sets up what depends on shapes in a first run; without what is after it, that changes nothing
         self._graphs[key] = self._cuda.capture(step)
+        self.captured += 1
         self._cuda.launch(self._graphs[key])

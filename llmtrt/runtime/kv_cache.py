@@ -79,6 +79,16 @@ class KvCache:
             self._cuda.copy_2d(offset + target * size, offset + source * size, pitch // capacity * rows, pitch, heads)
             offset += aligned(self.slots * size)
 
+    def clear_rows(self, slot: int, start: int) -> None:
+        """Zeroes the rows of ``slot`` from ``start`` on that may have been written."""
+        offset, rows = self._block, self._used[1] - start
+        for _, (heads, capacity, _), size in self._tensors:
+            pitch = size // heads
+            row = pitch // capacity
+            if rows > 0:
+                self._cuda.zero(offset + slot * size + start * row, rows * row, pitch, heads)
+            offset += aligned(self.slots * size)
+
     def used(self, slots: int, rows: int) -> None:
         """The first ``rows`` rows of the first ``slots`` slots may be written from now on."""
         self._used = max(slots, self._used[0]), max(rows, self._used[1])

@@ -69,10 +69,10 @@ class LLM:
         _check_limits(max_batch, max_seq)
         if unknown := engine_options.keys() - ENGINE_OPTIONS:
             raise UserError(f"LLM has no option {', '.join(sorted(unknown))}: see its documentation")
-        if isinstance(speculation, str):
-            if speculation != PROMPT_LOOKUP:
-                raise UserError(f"speculation should be {PROMPT_LOOKUP}, a Speculation or None, but is {speculation!r}")
+        if speculation == PROMPT_LOOKUP:
             speculation = Speculation()
+        if not isinstance(speculation, Speculation | None):
+            raise UserError(f"speculation should be {PROMPT_LOOKUP}, a Speculation or None, but is {speculation!r}")
         options = {"threads": threads, "accuracy_level": accuracy_level} | ({} if chunk is None else {"chunk": chunk})
         loaded = load(Path(path), runtime, verify, engine_options, options)
         self._set_up(loaded, max_batch, max_seq, reuse_prefixes, speculation)
@@ -247,10 +247,13 @@ class LLM:
 
     def _run(self, requests: list[Request], turn: int) -> Iterator[Piece]:
         self._in_turn(turn)
-        self._running = self._scheduler.run(requests, self.max_batch)
-        for piece in self._running:
-            yield piece
-            self._in_turn(turn)
+        running = self._running = self._scheduler.run(requests, self.max_batch)
+        try:
+            for piece in running:
+                yield piece
+                self._in_turn(turn)
+        finally:
+            running.close()
 
     def _finish(self, pieces: Iterator[Piece]) -> list[Completion]:
         done = {piece.index: piece.completion for piece in pieces if piece.completion}

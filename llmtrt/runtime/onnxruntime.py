@@ -8,7 +8,7 @@ import numpy as np
 
 from llmtrt.errors import UserError
 from llmtrt.package import WEIGHTS, ModelSpec, Package
-from llmtrt.runtime.memory import require
+from llmtrt.runtime.memory import available_bytes, require
 from llmtrt.runtime.params import check_integer
 
 MINIMUM_VERSION = (1, 24)  # the first that knows opset 24
@@ -83,21 +83,28 @@ class OrtSession:
         """See ``Session``. A cache that is there and large enough stays; a new one costs pages only where it is written."""
         if self._session is None:
             raise UserError(f"{self._path} is closed: load it again")
-        capacity = max_seq + self.chunk
-        if any(keep) and self._buffers and slots <= len(self._buffers[0]) and capacity <= self._capacity:
-            return len(self._buffers[0])
-        old = self._buffers if any(keep) else []
+        capacity, old = max_seq + self.chunk, self._buffers if any(keep) else []
+        if old:
+            have = len(old[0])
+            if slots <= have and capacity <= self._capacity:
+                return have
+            larger, free = (max(slots, have), max(capacity, self._capacity)), available_bytes()
+            if free is None or self._needed(*larger) <= free:  # beside the old one
+                slots, capacity = larger
+            else:
+                old = []
         self._release()
-        needed = slots * capacity * self.spec.kv_bytes_per_token() + slots * self.spec.vocab_size * 4
         require(
-            needed,
+            self._needed(slots, capacity),
             f"a KV cache of {slots} × {capacity} tokens",
             "use a smaller max_seq (or max_tokens) or a smaller max_batch",
         )
         shape = (slots, self.spec.kv_heads, capacity, self.spec.head_dim)
         # Zeros: a row that nobody wrote has weight 0 in attention, and 0 times whatever lies there may be NaN.
         self._buffers = [np.zeros(shape, self.spec.kv_dtype) for _ in self._caches]
-        kept = min(slots, len(keep)) if old else 0
+        self._written = np.zeros(slots, np.int64)
+        kept = min(len(old[0]), len(keep)) if old else 0
+        self._written[:kept] = keep[:kept]
         for buffer, before in zip(self._buffers, old):
             for slot, rows in enumerate(keep[:kept]):
                 buffer[slot, :, :rows] = before[slot, :, :rows]
@@ -122,6 +129,8 @@ class OrtSession:
             binding.bind_cpu_input(name, np.ascontiguousarray(value, np.int64))
         for name in (*self._debug_tensors, "logits"):
             binding.bind_output(name, "cpu")
+        written = self._written[first : first + len(input_ids)]
+        np.maximum(written, positions[:, -1] + 1, out=written)
         self._session.run_with_iobinding(binding)
         self._last = binding
         return binding.get_outputs()[-1].numpy()
@@ -130,6 +139,13 @@ class OrtSession:
         """See ``Session``."""
         for buffer in self._buffers:
             buffer[target, :, :rows] = buffer[source, :, :rows]
+        self._written[target] = max(rows, self._written[target])
+
+    def clear_rows(self, slot: int, start: int) -> None:
+        """See ``Session``."""
+        for buffer in self._buffers:
+            buffer[slot, :, start : self._written[slot]] = 0
+        self._written[slot] = start
 
     def debug_values(self) -> dict[str, np.ndarray]:
         """What the last step computed for each of the ``debug_tensors``."""
@@ -140,6 +156,10 @@ class OrtSession:
         """See ``Session``."""
         self._release()
         self._session = None
+
+    def _needed(self, slots: int, capacity: int) -> int:
+        """Bytes of a cache and of the logits of a step."""
+        return slots * (capacity * self.spec.kv_bytes_per_token() + self.spec.vocab_size * 4)
 
     def _bound(self, first: int, slots: int) -> object:
         """The binding of those slots' cache."""

@@ -69,6 +69,8 @@ class Scheduler:
             for slot in self._slots:
                 self._release(slot)
             self._waiting.clear()
+            if self.speculation:
+                self.speculation.forget(requests)
 
     def logits(self, token_ids: np.ndarray, rows: int) -> Iterator[np.ndarray]:
         """As ``logits_of``; what was in the cache is gone."""
@@ -111,10 +113,13 @@ class Scheduler:
         """Gives free slots to waiting requests, in their order, but for those whose prompt's start is being prefilled."""
         free = [slot for slot in self._slots[: self._usable] if slot.request is None]
         in_use = min(self._usable, self._usable - len(free) + len(self._waiting))
-        later = []
+        later, held = (
+            [],
+            {slot: slot.tokens() for slot in self._slots} if free and self._waiting and self._reuses else {},
+        )
         while free and self._waiting:
             request = self._waiting.popleft()
-            source, rows, is_coming = self._longest_prefix(request.prompt)
+            source, rows, is_coming = self._longest_prefix(request.prompt, held)
             if is_coming:
                 later.append(request)
                 continue
@@ -125,18 +130,23 @@ class Scheduler:
                     rows = 0
                 else:
                     self._session.copy_rows(source.index, target.index, rows)
+            # What others left behind the rows that count may be NaN, and has weight 0 in attention until it is overwritten.
+            self._session.clear_rows(target.index, rows)
             free.remove(target)
             target.assign(request, next(self._turns), rows)
+            held[target] = target.tokens()
         self._waiting.extendleft(reversed(later))
 
-    def _longest_prefix(self, prompt: np.ndarray) -> tuple[CacheSlot | None, int, bool]:
-        """The slot whose cache has most rows of ``prompt``'s start, how many, and whether it is better to wait for those
-        that are being prefilled. The last token's row is never among them: its logits are wanted."""
+    def _longest_prefix(
+        self, prompt: np.ndarray, held: dict[CacheSlot, np.ndarray]
+    ) -> tuple[CacheSlot | None, int, bool]:
+        """Of the slots that hold ``held``, the one with most rows of ``prompt``'s start, how many, and whether it is better
+        to wait for those that are being prefilled. The last token's row is never among them: its logits are wanted."""
         start, best, rows, settled, coming = prompt[:-1], None, 0, 0, 0
         if not self._reuses:
             return None, 0, False
-        for slot in self._slots:
-            found = shared_prefix(start, slot.tokens())
+        for slot, tokens in held.items():
+            found = shared_prefix(start, tokens)
             if found > rows or (found == rows > 0 and slot.request is None and best.request is not None):
                 best, rows = slot, found
             if slot.is_prefilling:
@@ -164,7 +174,7 @@ class Scheduler:
             if self._device:
                 self._device.stale(slot)
         for place, slot in enumerate(group):
-            if last[place, 0] < rows:
+            if last[place, 0] < rows and not slot.request.cancelled:
                 yield self._took(slot, slot.request.accept(logits[place, 0]))
 
     def _took(self, slot: CacheSlot, piece: Piece) -> Piece:
@@ -194,14 +204,14 @@ class Scheduler:
 
     def _decode_on_device(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
         """Starts the next step, and takes the tokens of the one before, which has run meanwhile."""
-        began, before = time.perf_counter(), self._device.under_way
+        began, before, prepared = time.perf_counter(), self._device.under_way, self._session.prepared
         slots = self._count(decoding)
         self._device.decode(slots, decoding, self._parked(decoding, slots))
-        is_timed = self.speculation is not None and not before
+        is_timed = self.speculation is not None and not before and self.speculation.wants_time(len(decoding))
         if is_timed or self._device.under_way in (before, 2):
             taken = self._device.tokens()
             if is_timed:  # nothing ran before it and nothing behind, as with a step that checks a draft
-                self.speculation.measured(len(decoding), 1, time.perf_counter() - began)
+                self._measured(len(decoding), 1, began, prepared)
             yield from self._take(taken)
 
     def _settle(self) -> Iterator[Piece]:
@@ -211,7 +221,8 @@ class Scheduler:
 
     def _take(self, tokens: list[tuple[CacheSlot, Request, int]]) -> Iterator[Piece]:
         for slot, request, token in tokens:
-            if slot.request is request:  # or it has finished, and the slot may be another's by now
+            # Or it has finished, and the slot may be another's by now.
+            if slot.request is request and not request.cancelled:
                 yield self._took(slot, request.take(token))
 
     def _decode_on_host(self, decoding: list[CacheSlot], drafts: list[Draft]) -> Iterator[Piece]:
@@ -231,7 +242,7 @@ class Scheduler:
             input_ids[slot.index, : 1 + len(draft.tokens)] = [slot.request.token_ids[-1], *draft.tokens]
             starts[slot.index] = slot.request.length - 1
         places = np.arange(rows)
-        began = time.perf_counter()
+        began, prepared = time.perf_counter(), self._session.prepared if self._device else 0
         if (
             rows > 1
             and self._device
@@ -242,13 +253,17 @@ class Scheduler:
         else:
             logits = self._session.step(input_ids, starts + places, np.broadcast_to(places, (slots, rows)))
             takes = [partial(_accept, slot.request, logits[slot.index]) for slot in decoding]
-        if self.speculation:
-            self.speculation.measured(len(decoding), rows, time.perf_counter() - began)
+        self._measured(len(decoding), rows, began, prepared)
         if self._device:
             for slot in self._slots[:slots]:
                 self._device.stale(slot)
         for slot, draft, take in zip(decoding, drafts, takes):
             yield from self._verified(slot, draft, take)
+
+    def _measured(self, sequences: int, rows: int, began: float, prepared: int) -> None:
+        """Reports how long a step took, unless the device had to be made ready for it."""
+        if self.speculation and not (self._device and self._session.prepared != prepared):
+            self.speculation.measured(sequences, rows, time.perf_counter() - began)
 
     def _verified(self, slot: CacheSlot, draft: Draft, take: Callable[[int], Piece]) -> Iterator[Piece]:
         """``take(row)`` gives the request the token that follows a row of the step."""
@@ -260,6 +275,8 @@ class Scheduler:
             if not is_right or piece.completion is not None:
                 break
             yield piece
+            if slot.request.cancelled:
+                return
         if draft.tokens:
             self.speculation.verified(draft, accepted)
         yield piece

@@ -56,6 +56,9 @@ class Session(Protocol):
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         """Copies the first ``rows`` rows of the cache of slot ``source`` to those of slot ``target``."""
 
+    def clear_rows(self, slot: int, start: int) -> None:
+        """Zeroes what may have been written to the cache of ``slot`` from row ``start`` on."""
+
     def close(self) -> None:
         """Frees what the session holds; calling it twice is fine."""
 
@@ -69,6 +72,7 @@ class DeviceSession(Session, Protocol):
     """
 
     check_rows: int  # the most rows of a step of ``likeliest``
+    prepared: int  # how often a step's shapes were new, so that it took longer than it will again
 
     def likeliest(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """As ``step`` of the slots from the first on; gives the likeliest token, int64 [B, S], of every row's logits, −1

@@ -10,6 +10,7 @@ _ROWS = (1, 2, 4, 8, 16)  # of a step; each is a shape of its own to the runtime
 _REST = 64  # steps without a draft where drafts did not pay, before one is tried again
 _MEMORY = 0.9  # of what was seen, from one draft to the next
 _FASTER = 1.02  # what drafts have to promise
+_FADES = 0.9995  # a time, with every step that goes by, so that what was slow once is tried again
 _GUESS = (1.0, 2.0)  # tokens that were right and tokens that were checked, before any were
 
 
@@ -65,21 +66,27 @@ class PromptLookup:
         return NOTHING
 
 
+@dataclass(frozen=True)
+class _Time:
+    seconds: float | None
+    at: int  # after how many steps it was measured
+
+
 class Speculation:
     """Asks a drafter for each request, and lets a step have as many rows as promise the most tokens a second, from how
     long steps of that many rows took and how often drafts were right. Where none promises more than one row does, it rests
     and then tries one short draft, which shows whether that is still so.
 
-    ``steps``, ``drafted``, ``accepted``: steps with a draft, the tokens of these, and those that were right. ``seconds``:
-    of a step, by its sequences and the rows of each; None where it was seen once.
+    ``steps``, ``drafted``, ``accepted``: steps with a draft, the tokens of these, and those that were right.
     """
 
     def __init__(self, drafter: Callable[[], Drafter] = PromptLookup):
         self._make = drafter
-        self._known: dict[int, tuple[Request, Drafter, list[int]]] = {}
-        self.seconds: dict[tuple[int, int], float | None] = {}
+        self._known: dict[int, tuple[Drafter, list[int]]] = {}  # by the request's id, until it is forgotten
+        self._times: dict[tuple[int, int], _Time] = {}  # of a step, by its sequences and the rows of each
+        self._now = 0  # steps so far
         self._right: dict[Hashable, tuple[float, float]] = {}  # by kind
-        self._rest, self._is_trial = 0, False
+        self._rest, self._is_trial, self._checked, self._hits = 0, False, 0, 0
         self.steps = self.drafted = self.accepted = 0
 
     def rests(self) -> bool:
@@ -92,9 +99,14 @@ class Speculation:
 
     def drafts(self, requests: Sequence[Request], most_rows: int) -> list[Draft]:
         """A draft for each of ``requests``, all to be checked in one step of up to ``most_rows`` rows."""
+        if self._is_trial and self._checked and not self._hits:
+            self._rest, self._is_trial = _REST, False
+        self._checked = self._hits = 0
+        if self._rest:
+            return [NOTHING] * len(requests)
         limit = max(rows for rows in _ROWS if rows <= most_rows)
         found = [self._draft(request, min(limit, request.left) - 1) for request in requests]
-        if not any(draft.tokens for draft in found) or self.seconds.get((len(found), 1)) is None:
+        if not any(draft.tokens for draft in found) or self.seconds(len(found), 1) is None:
             return [NOTHING] * len(found)
         rows = self._rows(found, limit)
         if rows > 1:
@@ -105,14 +117,30 @@ class Speculation:
             self._rest = _REST
         return [Draft(draft.tokens[: rows - 1], draft.kind) for draft in found]
 
+    def wants_time(self, sequences: int) -> bool:
+        """Whether it is long ago that a step of one row was measured."""
+        time = self._times.get((sequences, 1))
+        return time is None or time.seconds is None or self._now - time.at > _REST
+
     def measured(self, sequences: int, rows: int, seconds: float) -> None:
         """A step of ``sequences`` with ``rows`` rows each took that long."""
-        key = sequences, rows
-        if key not in self.seconds:
-            self.seconds[key] = None  # the first of a shape may compile and allocate
-        else:
-            # The least of the last few, since other programs run now and then.
-            self.seconds[key] = min(seconds, 1.05 * (self.seconds[key] or seconds))
+        self._now += 1
+        if (sequences, rows) not in self._times:
+            self._times[sequences, rows] = _Time(None, self._now)  # the first of a shape may compile and allocate
+            return
+        # The least of the last few, since other programs run now and then.
+        before = self._times[sequences, rows].seconds
+        self._times[sequences, rows] = _Time(min(seconds, 1.05 * (before or seconds)), self._now)
+
+    def seconds(self, sequences: int, rows: int) -> float | None:
+        """Of such a step, as far as is known; None where it was not seen twice."""
+        time = self._times.get((sequences, rows))
+        return None if time is None or time.seconds is None else time.seconds * _FADES ** (self._now - time.at)
+
+    def forget(self, requests: Sequence[Request]) -> None:
+        """Drops what is kept for ``requests``: no more drafts of theirs are asked for."""
+        for request in requests:
+            self._known.pop(id(request), None)
 
     def verified(self, draft: Draft, accepted: int) -> None:
         """``accepted`` tokens of ``draft``, from its start, were right."""
@@ -121,8 +149,8 @@ class Speculation:
             right * _MEMORY + accepted,
             checked * _MEMORY + min(accepted + 1, len(draft.tokens)),
         )
-        if self._is_trial and not accepted:
-            self._rest = _REST
+        self._checked += 1
+        self._hits += accepted > 0
         self.steps += 1
         self.drafted += len(draft.tokens)
         self.accepted += accepted
@@ -131,21 +159,20 @@ class Speculation:
         if most < 1:
             return NOTHING
         if id(request) not in self._known:
-            self._known = {key: known for key, known in self._known.items() if not known[0].finished}
-            self._known[id(request)] = request, self._make(), request.prompt.tolist()
-        _, drafter, token_ids = self._known[id(request)]
+            self._known[id(request)] = self._make(), request.prompt.tolist()
+        drafter, token_ids = self._known[id(request)]
         token_ids += request.token_ids[len(token_ids) - len(request.prompt) :]
         return drafter.draft(token_ids, most)
 
     def _rows(self, drafts: list[Draft], limit: int) -> int:
         """The number of rows that promises the most tokens a second."""
         count = len(drafts)
-        seconds = self.seconds[count, 1]
+        seconds = self.seconds(count, 1)
         best, rate = 1, _FASTER * count / seconds
         for rows in _ROWS[1:]:
             if rows > limit:
                 break
-            known = self.seconds.get((count, rows))
+            known = self.seconds(count, rows)
             seconds = (
                 known or seconds
             )  # not known: no longer than with fewer rows, so that it is tried where that may pay

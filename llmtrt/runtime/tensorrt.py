@@ -104,6 +104,7 @@ class TrtSession:
         self._reserved = (0, 0)  # slots and rows of each that may be used
         self._activations, self._inputs, self._logits = _NOTHING, _NOTHING, _NOTHING
         self._host_inputs = self._host_logits = self._loop = None
+        self._prepared_count = 0
         self._state: DecodeState | None = None
         self._weights: WeightInputs | None = None
         self._debug: dict[str, tuple[Region, tuple[int, ...]]] = {}
@@ -186,6 +187,15 @@ class TrtSession:
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         """See ``Session``."""
         self._kv.copy_rows(source, target, rows)
+
+    def clear_rows(self, slot: int, start: int) -> None:
+        """See ``Session``."""
+        self._kv.clear_rows(slot, start)
+
+    @property
+    def prepared(self) -> int:
+        """See ``DeviceSession``."""
+        return self._prepared_count + self._loop.captured
 
     def admit(self, index: int, decoding: Decoding) -> None:
         """See ``DeviceSession``."""
@@ -392,6 +402,7 @@ class TrtSession:
             places |= self._weights.places() if self._weights else {}
             context.bind(places | self._debug_places(context), self._activations)
             context.state = (first, *shapes, self._layout)
+            self._prepared_count += 1
         return context
 
     def _shape(self, context: Context, shapes: tuple[int, int, int, int]) -> int:
