@@ -36,7 +36,7 @@ def stories():
 def text(tmp_path_factory):
     """Nothing that the model was trained on, and enough of it."""
     path = tmp_path_factory.mktemp("text") / "stories.txt"
-    path.write_text((samples.DATA / "tinyshakespeare.txt").read_text()[:20_000])
+    path.write_text(samples.data("tinyshakespeare.txt").read_text()[:20_000])
     return path
 
 
@@ -82,7 +82,7 @@ def test_every_family_is_calibrated_and_better_than_rounding(family, tmp_path):
 
 
 def test_real_weights_lose_less_than_by_rounding(stories, text, tmp_path):
-    held_out = (samples.DATA / "tinyshakespeare.txt").read_text()[50_000:54_000]
+    held_out = samples.data("tinyshakespeare.txt").read_text()[50_000:54_000]
     divergence, full = {}, quantize(stories, tmp_path / "fp32", "fp32").package
     for name, recipe in {
         "rtn": Recipe("rtn", 64, "float32"),

@@ -66,7 +66,7 @@ def logits(model, ids, others) -> torch.Tensor:
 def test_sensitivities_foretell_the_divergence(stories):
     """Each matrix rounded by itself; to second order, so within a factor, and in about the same order."""
     model = stories
-    text = samples.DATA / "tinyshakespeare.txt"
+    text = samples.data("tinyshakespeare.txt")
     from llmtrt.runtime.tokenizer import Tokenizer
 
     ids = Tokenizer(samples.stories260k()).encode(text.read_text()[:6000], special=False)[: 6 * 128]
@@ -104,7 +104,7 @@ def test_a_mixed_package_spends_its_bits_and_runs(tmp_path):
     from llmtrt.runtime.llm import LLM
 
     text = tmp_path / "text.txt"
-    text.write_text((samples.DATA / "tinyshakespeare.txt").read_text()[:20_000])
+    text.write_text(samples.data("tinyshakespeare.txt").read_text()[:20_000])
     recipe = Recipe("gptq", bits=4.8, calibration_sequences=8, calibration_length=64)
     made = quantize(samples.stories260k(), tmp_path / "package", recipe, calibration=text)
     taken = {name: one for name, one in made.report["tensors"].items() if one["form"] in ("int4", "int8")}
