@@ -124,6 +124,9 @@ def test_bench_prints_a_table_and_json(tmp_path, capsys, monkeypatch):
     )
     assert main([*asked, "--vs", "transformers"]) == 2
     assert "--vs transformers and --checkpoint CHECKPOINT go together" in capsys.readouterr().err
+    assert main([*asked, "--vs", "transformers", "--checkpoint", str(tmp_path / "nothing")]) == 2
+    said = capsys.readouterr()
+    assert "nothing" in said.err and not said.out
     assert main([*asked, "--speculation", "prompt-lookup", "--json"]) == 0
     assert {each["bytes_per_second"] for each in json.loads(capsys.readouterr().out)["results"]} == {None}
     with pytest.raises(SystemExit):

@@ -33,11 +33,13 @@ def run(options: argparse.Namespace) -> None:
     from llmtrt import progress
     from llmtrt.errors import UserError
     from llmtrt.evaluate.bandwidth import device_bandwidth, host_bandwidth
-    from llmtrt.evaluate.peer import Transformers
+    from llmtrt.evaluate.peer import Transformers, require_transformers
     from llmtrt.evaluate.speed import cases, measure, weight_bytes
 
     if bool(options.vs) != bool(options.checkpoint):
         raise UserError("--vs transformers and --checkpoint CHECKPOINT go together: give both or neither")
+    if options.vs:
+        require_transformers(Path(options.checkpoint))
     asked = cases(options.prompt, options.tokens, options.batch, options.context)
     peer = None
     with progress.shown("measuring") as report:

@@ -18,14 +18,10 @@ class Transformers:
     """
 
     def __init__(self, path: Path):
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise UserError(
-                f"--vs transformers cannot import what it compares with ({error}): install it with `pip install torch "
-                "transformers`"
-            ) from None
+        require_transformers(path)
+        import torch
+        import transformers
+
         self._torch = torch
         self._on_gpu = torch.cuda.is_available()
         dtype = torch.float16 if self._on_gpu else torch.float32
@@ -70,6 +66,21 @@ class Transformers:
         if self._on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def require_transformers(path: Path) -> None:
+    """UserError where torch or transformers is missing, or no checkpoint is in ``path``: what can be said at once."""
+    from llmtrt.checkpoints import open_checkpoint
+
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--vs transformers cannot import what it compares with ({error}): install it with `pip install torch "
+            "transformers`"
+        ) from None
+    open_checkpoint(path)
 
 
 def load_transformers(path: Path, dtype: Any) -> Any:
