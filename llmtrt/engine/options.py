@@ -8,10 +8,10 @@ from llmtrt.engine.gpu import find_gpus
 from llmtrt.errors import UserError
 
 REFITS = ("identical", "any")
+WEIGHTS = ("plan", "inputs")
+CHECK_ROWS = 16
 # LAZY swaps kernels while a person waits, and with them the last bits of every number; EAGER compiles for every new
 # shape. NONE is the same kernels always.
-CHECK_ROWS = 16
-WEIGHTS = ("plan", "inputs")
 KERNEL_SPECIALIZATION = "NONE"
 _TYPICAL_CONTEXT = 1024
 

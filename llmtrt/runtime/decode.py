@@ -16,8 +16,8 @@ from llmtrt.runtime.session import Decoding
 _NOW = ("input_ids", "positions", "steps")
 _NEXT = ("next_ids", "next_positions", "next_steps")
 _FIXED = ("logits_index", "last_rows", "tokens")
-Contexts = tuple[Context, Context]  # of one step: the model's, the sampler's
 _PARAMS = ("temperature", "repetition_penalty", "top_k", "top_p", "min_p")  # fp32 [slots] each
+Contexts = tuple[Context, Context]  # of one step: the model's, the sampler's
 
 
 class DecodeState:

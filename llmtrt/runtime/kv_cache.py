@@ -1,5 +1,6 @@
 """The KV cache of a TensorRT session: one block of device memory, updated in place by every step."""
 
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -65,29 +66,20 @@ class KvCache:
 
     def places(self, first: int = 0) -> dict[str, Region]:
         """Where each input and output lies, of the slots from ``first`` on."""
-        found, offset = {}, self._block
-        for past, _, size in self._tensors:
-            found[past] = found[_present(past)] = Region(offset + first * size, (self.slots - first) * size)
-            offset += aligned(self.slots * size)
+        found = {}
+        for address, (past, _, size) in self._lying():
+            found[past] = found[_present(past)] = Region(address + first * size, (self.slots - first) * size)
         return found
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         """Copies the first ``rows`` rows of slot ``source`` to slot ``target``."""
-        offset = self._block
-        for _, (heads, capacity, _), size in self._tensors:
+        for address, (_, (heads, capacity, _), size) in self._lying():
             pitch = size // heads
-            self._cuda.copy_2d(offset + target * size, offset + source * size, pitch // capacity * rows, pitch, heads)
-            offset += aligned(self.slots * size)
+            self._cuda.copy_2d(address + target * size, address + source * size, pitch // capacity * rows, pitch, heads)
 
     def clear_rows(self, slot: int, start: int) -> None:
         """Zeroes the rows of ``slot`` from ``start`` on that may have been written."""
-        offset, rows = self._block, self._used[1] - start
-        for _, (heads, capacity, _), size in self._tensors:
-            pitch = size // heads
-            row = pitch // capacity
-            if rows > 0:
-                self._cuda.zero(offset + slot * size + start * row, rows * row, pitch, heads)
-            offset += aligned(self.slots * size)
+        self._zero(slot, 1, start, self._used[1])
 
     def used(self, slots: int, rows: int) -> None:
         """The first ``rows`` rows of the first ``slots`` slots may be written from now on."""
@@ -97,12 +89,23 @@ class KvCache:
         """Zeroes what may have been written: a row that nobody wrote has weight 0 in attention, and 0 times what lies there
         may be NaN."""
         (slots, rows), self._used = self._used, (0, 0)
-        offset = self._block
-        for _, (heads, capacity, _), size in self._tensors:
+        self._zero(0, slots, 0, rows)
+
+    def _zero(self, first: int, slots: int, start: int, end: int) -> None:
+        """Zeroes the rows from ``start`` to ``end`` of ``slots`` slots from ``first`` on."""
+        if not slots or start >= end:
+            return
+        for address, (_, (heads, capacity, _), size) in self._lying():
             pitch = size // heads
-            if slots:
-                self._cuda.zero(offset, pitch // capacity * rows, pitch, slots * heads)
-            offset += aligned(self.slots * size)
+            row = pitch // capacity
+            self._cuda.zero(address + first * size + start * row, (end - start) * row, pitch, slots * heads)
+
+    def _lying(self) -> Iterator[tuple[int, tuple[str, tuple[int, ...], int]]]:
+        """The address of each tensor, and what is known of it."""
+        address = self._block
+        for tensor in self._tensors:
+            yield address, tensor
+            address += aligned(self.slots * tensor[2])
 
 
 def _present(past: str) -> str:

@@ -17,9 +17,8 @@ from llmtrt.runtime.request import Piece, Request
 from llmtrt.runtime.session import DeviceSession, Session
 from llmtrt.runtime.speculation import NOTHING, Draft, Speculation, rows_for
 
-_WORTHWHILE = (
-    16  # rows of a prefix: to be copied from another slot, or waited for where another's prefill comes to them
-)
+# Rows of a prefix that are worth copying from another slot, or waiting for where another's prefill comes to them.
+_WORTHWHILE = 16
 
 
 class Scheduler:
@@ -113,10 +112,8 @@ class Scheduler:
         """Gives free slots to waiting requests, in their order, but for those whose prompt's start is being prefilled."""
         free = [slot for slot in self._slots[: self._usable] if slot.request is None]
         in_use = min(self._usable, self._usable - len(free) + len(self._waiting))
-        later, held = (
-            [],
-            {slot: slot.tokens() for slot in self._slots} if free and self._waiting and self._reuses else {},
-        )
+        later = []
+        held = {slot: slot.tokens() for slot in self._slots} if free and self._waiting and self._reuses else {}
         while free and self._waiting:
             request = self._waiting.popleft()
             source, rows, is_coming = self._longest_prefix(request.prompt, held)

@@ -99,10 +99,10 @@ class Speculation:
 
     def drafts(self, requests: Sequence[Request], most_rows: int) -> list[Draft]:
         """A draft for each of ``requests``, all to be checked in one step of up to ``most_rows`` rows."""
-        if self._is_trial and self._checked and not self._hits:
-            self._rest, self._is_trial = _REST, False
+        has_failed = self._is_trial and self._checked and not self._hits
         self._checked = self._hits = 0
-        if self._rest:
+        if has_failed:
+            self._rest, self._is_trial = _REST, False
             return [NOTHING] * len(requests)
         limit = max(rows for rows in _ROWS if rows <= most_rows)
         found = [self._draft(request, min(limit, request.left) - 1) for request in requests]
@@ -173,9 +173,8 @@ class Speculation:
             if rows > limit:
                 break
             known = self.seconds(count, rows)
-            seconds = (
-                known or seconds
-            )  # not known: no longer than with fewer rows, so that it is tried where that may pay
+            # Not known: no longer than with fewer rows, so that it is tried where that may pay.
+            seconds = known or seconds
             tokens = sum(self._expected(draft, rows - 1) for draft in drafts)
             if tokens / seconds > rate:
                 best, rate = rows, tokens / seconds

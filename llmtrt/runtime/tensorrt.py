@@ -362,12 +362,7 @@ class TrtSession:
         model = self._context(PLAN, _PREFILL, batch, rows, bucket)
         model = self._prepared(model, 0, (batch, rows, rows, bucket), places)
         chooser = self._context(GREEDY, 0, "rows", count)
-        if chooser.state != self._layout:
-            self._grow_activations(self._shape_sampler(chooser, GREEDY, count))
-            own = {name: places[name] for name in ("positions", *_CHOSEN)} | {"last_rows": places["positions"]}
-            chooser.bind(own | {"logits": self._logits}, self._activations)
-            chooser.state = self._layout
-        return model, chooser
+        return model, self._bound_sampler(chooser, GREEDY, count, places | {"last_rows": places["positions"]})
 
     def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int) -> Context:
         context = self._context(PLAN, _PREFILL)
@@ -375,10 +370,13 @@ class TrtSession:
 
     def _sampler(self, batch: int, sampled: bool) -> Context:
         plan = SAMPLER if sampled else GREEDY
-        context = self._context(plan, 0, batch)
+        return self._bound_sampler(self._context(plan, 0, batch), plan, batch, self._state.places())
+
+    def _bound_sampler(self, context: Context, plan: str, batch: int, places: dict[str, Region]) -> Context:
+        """``context`` of a sampler, made ready for ``batch`` rows of logits, unless it is."""
         if context.state != self._layout:
             self._grow_activations(self._shape_sampler(context, plan, batch))
-            context.bind(self._state.places() | {"logits": self._logits}, self._activations)
+            context.bind(places | {"logits": self._logits}, self._activations)
             context.state = self._layout
         return context
 

@@ -21,8 +21,7 @@ class WeightInputs:
                     f"{path} ends before the weight {name}, which {engine.path} takes from it: make the package anew with "
                     "`llmtrt quantize`, and the engine with `llmtrt build`"
                 )
-        self.bytes = sum(aligned(length) for _, length in extents.values())
-        address = cuda.allocate(self.bytes)
+        address = cuda.allocate(sum(aligned(length) for _, length in extents.values()))
         content = np.memmap(path, np.uint8, "r")
         self._places: dict[str, Region] = {}
         for name, (start, length) in extents.items():
