@@ -23,6 +23,7 @@ from measure_quality import CONTEXT, TEXTS, TOKENS, TRAIN
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt import LLM, quantize  # noqa: E402
+from llmtrt.checkpoints import open_checkpoint  # noqa: E402
 from llmtrt.evaluate.peer import load_transformers  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
 from llmtrt.quantization.recipe import Recipe  # noqa: E402
@@ -49,7 +50,7 @@ def by_modelopt(method: str, checkpoint: str, data: Path, work: Path) -> dict:
     tokenizer = Tokenizer(work / "compared-rtn")
     train, test = (tokenizer.encode((data / name).read_text(), special=False) for name in (TRAIN, TEXTS[0]))
     start = time.monotonic()
-    model = load_transformers(Path(checkpoint), torch.float32)
+    model = load_transformers(open_checkpoint(checkpoint), torch.float32)
     config = copy.deepcopy(mtq.INT4_AWQ_CFG if method == "awq_lite" else mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG)
     for entry in config["quant_cfg"]:
         if "block_sizes" in entry.get("cfg", {}):

@@ -21,6 +21,7 @@ import provenance
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt import LLM, quantize  # noqa: E402
+from llmtrt.checkpoints import open_checkpoint  # noqa: E402
 from llmtrt.evaluate.agreement import agreement  # noqa: E402
 from llmtrt.evaluate.peer import load_transformers  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
@@ -108,7 +109,7 @@ def transformers_fp32(checkpoint: str, llm_folder: Path, data: Path) -> dict:
 
     with LLM(llm_folder, verify=False) as llm:
         ids = llm.encode((data / TEXTS[0]).read_text(), special=False)[:TOKENS]
-    model, nll = load_transformers(Path(checkpoint), torch.float32), 0.0
+    model, nll = load_transformers(open_checkpoint(checkpoint), torch.float32), 0.0
     with torch.no_grad():
         for start in range(0, TOKENS, CONTEXT):
             window = torch.tensor([ids[start : start + CONTEXT]])

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llmtrt.checkpoints.checkpoint import Checkpoint
 from llmtrt.errors import UserError
 from llmtrt.evaluate.speed import Case, Speed
 from llmtrt.progress import Report, silent
@@ -18,14 +19,14 @@ class Transformers:
     """
 
     def __init__(self, path: Path):
-        require_transformers(path)
+        checkpoint = require_transformers(path)
         import torch
         import transformers
 
         self._torch = torch
         self._on_gpu = torch.cuda.is_available()
         dtype = torch.float16 if self._on_gpu else torch.float32
-        self._model = load_transformers(path, dtype)
+        self._model = load_transformers(checkpoint, dtype)
         if self._on_gpu:
             self._model.cuda()
         kind = "fp16, static cache, compiled" if self._on_gpu else "fp32"
@@ -68,8 +69,9 @@ class Transformers:
         return time.perf_counter() - start
 
 
-def require_transformers(path: Path) -> None:
-    """UserError where torch or transformers is missing, or no checkpoint is in ``path``: what can be said at once."""
+def require_transformers(path: Path) -> Checkpoint:
+    """The checkpoint in ``path``; UserError where torch or transformers is missing, or there is none: what can be said at
+    once."""
     from llmtrt.checkpoints import open_checkpoint
 
     try:
@@ -80,27 +82,24 @@ def require_transformers(path: Path) -> None:
             f"--vs transformers cannot import what it compares with ({error}): install it with `pip install torch "
             "transformers`"
         ) from None
-    open_checkpoint(path)
+    return open_checkpoint(path)
 
 
-def load_transformers(path: Path, dtype: Any) -> Any:
-    """transformers' model of the checkpoint in ``path``, with weights of torch's ``dtype``; read by our own readers, since
+def load_transformers(checkpoint: Checkpoint, dtype: Any) -> Any:
+    """transformers' model of ``checkpoint``, with weights of torch's ``dtype``; read by our own readers, since
     transformers' of GGUF needs accelerate. Raises UserError where the two do not fit together."""
     import torch
     import transformers
 
-    from llmtrt.checkpoints import open_checkpoint
-
-    checkpoint = open_checkpoint(path)
     try:
         config = transformers.AutoConfig.for_model(**checkpoint.config)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         state = {name: torch.from_numpy(checkpoint.read(name).astype(np.float32)) for name in checkpoint.tensors()}
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path}: transformers cannot be given this checkpoint ({error})") from None
+        raise UserError(f"{checkpoint.path}: transformers cannot be given this checkpoint ({error})") from None
     if unexpected or {*missing} - {"lm_head.weight"}:
         name = sorted([*unexpected, *missing])[0]
-        raise UserError(f"{path}: transformers and the checkpoint do not agree on the tensor {name}")
+        raise UserError(f"{checkpoint.path}: transformers and the checkpoint do not agree on the tensor {name}")
     model.tie_weights()
     return model
