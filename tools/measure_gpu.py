@@ -100,32 +100,32 @@ print(json.dumps([name, round(built.seconds, 1), round(built.peak_host_bytes / 1
 """
 
 
-def build_all(packages: dict[str, tuple[Path, Path, dict, list[str]]]) -> dict:
-    """Builds the variants of ``packages``, name → (package, folder of engines, options, variants), all at once, each in a
-    process of its own: TensorRT holds Python's lock while it compiles."""
-    running = {
-        (model, name): subprocess.Popen(
+def start_builds(package: Path, folder: Path, options: dict, names: list[str]) -> dict[str, subprocess.Popen]:
+    """Builds of the variants ``names`` in ``folder``, each in a process of its own: TensorRT holds Python's lock while it
+    compiles."""
+    return {
+        name: subprocess.Popen(
             [sys.executable, "-c", _BUILD]
             + [json.dumps([name, str(package), str(engine_folder(folder, name)), options | VARIANTS[name]])],
             env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for model, (package, folder, options, names) in packages.items()
         for name in names
     }
-    found: dict[str, dict] = {model: {} for model in packages}
-    for (model, name), process in running.items():
+
+
+def end_builds(running: dict[str, subprocess.Popen], package: Path, folder: Path) -> dict:
+    found: dict = {}
+    for name, process in running.items():
         _, seconds, peak = json.loads(process.communicate()[0].splitlines()[-1])
-        plan = engine_folder(packages[model][1], name) / "engine.plan"
-        found[model][name] = {
+        found[name] = {
             "seconds_with_others_at_once": seconds,
             "peak_host_gb": peak,
-            "plan_mb": round(plan.stat().st_size / 1e6, 1),
+            "plan_mb": round((engine_folder(folder, name) / "engine.plan").stat().st_size / 1e6, 1),
         }
-    for model, (package, *_) in packages.items():
-        found[model]["package_mb"] = round((package / "model.onnx.data").stat().st_size / 1e6, 1)
-        say(model, found[model])
+    found["package_mb"] = round((package / "model.onnx.data").stat().st_size / 1e6, 1)
+    say(found)
     return found
 
 
@@ -166,16 +166,24 @@ def compare_variants(folder: Path, ids: list[int], names: tuple[str, ...]) -> di
 
 
 def build_both(folder: Path) -> dict:
-    package = random_package.write(folder / "package", "8b")
-    of_8b = [name for name in VARIANTS if name != "all together"]
-    packages = {"8b": (package.path, folder, {}, of_8b)}
+    package = random_package.write(folder / "package", "8b").path
+    say("8b package")
+    running = start_builds(package, folder, {}, [name for name in VARIANTS if name != "all together"])
+    found = {}
     if "SMOLLM2" in os.environ:
-        smol = folder / "smollm2"
+        smol, began = folder / "smollm2", time.monotonic()
         recipe, text = os.environ.get("RECIPE", "int4-g64"), os.environ.get("CALIBRATION")
         quantize(os.environ["SMOLLM2"], smol / "package", recipe, **({"calibration": text} if text else {}))
-        packages["smollm2"] = (smol / "package", smol, {"max_batch": 8}, list(VARIANTS))
-    say("packages")
-    return build_all(packages)
+        seconds = round(time.monotonic() - began, 1)
+        say("smollm2 package", seconds)
+        others = start_builds(smol / "package", smol, {"max_batch": 8}, list(VARIANTS))
+        found["smollm2"] = {
+            "recipe": recipe,
+            "quantize_seconds_beside_builds": seconds,
+            **end_builds(others, smol / "package", smol),
+        }
+    found["8b"] = end_builds(running, package, folder)
+    return found
 
 
 # --- SmolLM2 -------------------------------------------------------------------------------------------------------

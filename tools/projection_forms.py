@@ -20,12 +20,15 @@ Values = dict[str, ir.Value]
 
 @dataclass(frozen=True)
 class Form:
-    """``rows``: the M that it is meant for. ``constant``: its weights cannot be network inputs."""
+    """``rows``: the M that it is meant for. ``constant``: its weights lie in the plan, not in network inputs. ``block``: of
+    K under one scale. ``rounds``: it needs each sum rounded to fp16, where ONNX Runtime keeps fp32."""
 
     pack: Callable[[np.ndarray, np.ndarray], Arrays]
     write: Callable[[GraphBuilder, ir.Value, Values, int, int, int], ir.Value]
     rows: tuple[int, ...] = (1,)
     constant: bool = False
+    block: int = BLOCK
+    rounds: bool = False
 
 
 def nibbles(lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
@@ -39,8 +42,8 @@ def pack_blocks(q: np.ndarray, scale: np.ndarray) -> Arrays:
 
 
 def pack_pairs(q: np.ndarray, scale: np.ndarray) -> Arrays:
-    """bytes [N, K / 256, 128]: byte j has w[j] of one block and of the next; scales [N, K / 256, 1] of both."""
-    blocks = q.T.reshape(q.shape[1], -1, 2, BLOCK)
+    """bytes [N, K / 2 / block, block]: byte j has w[j] of one block and of the next; a scale of each."""
+    blocks = q.T.reshape(q.shape[1], -1, 2, len(q) // len(scale))
     scales = scale.T.reshape(q.shape[1], -1, 2)
     return {
         "bytes": nibbles(blocks[:, :, 0], blocks[:, :, 1]),
@@ -86,6 +89,15 @@ def _split(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
     return lo, hi
 
 
+def _split_added(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
+    """As ``_split``, but hi rounded by adding and taking away 1536, past which fp16 has integers alone."""
+    v = g.op("DequantizeLinear", w["bytes"], g.constant(1, np.float16))
+    near = g.op("Add", g.op("Mul", v, g.constant(1 / 16, np.float16)), g.constant(-15 / 32, np.float16))
+    hi = g.op("Sub", g.op("Add", near, g.constant(1536, np.float16)), g.constant(1536, np.float16))
+    lo = g.op("Sub", g.op("Sub", v, g.op("Mul", hi, g.constant(16, np.float16))), g.constant(8, np.float16))
+    return lo, hi
+
+
 def _split_package(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
     """lo and hi of bytes that hold two numbers of four bits in two's complement, as ONNX packs INT4."""
     v = g.op("DequantizeLinear", w["bytes"], g.constant(1, np.float16))
@@ -105,11 +117,11 @@ def _rows(g: GraphBuilder, x: ir.Value, m: int, one: Callable[[ir.Value], ir.Val
     return rows[0] if m == 1 else g.op("Concat", *rows, axis=0)
 
 
-def write_blocks(scale_first: bool, split: int = 1) -> Callable:
+def write_blocks(scale_first: bool, split: int = 1, halves_of: Callable = _split) -> Callable:
     """lo · x_a + hi · x_b, summed over blocks and bytes; ``split``: along K in so many parts, added at the end."""
 
     def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
-        lo, hi = _split(g, w)
+        lo, hi = halves_of(g, w)
 
         def one(row: ir.Value) -> ir.Value:
             halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, BLOCK // 2]))
@@ -130,6 +142,26 @@ def write_blocks(scale_first: bool, split: int = 1) -> Callable:
     return write
 
 
+def write_whole(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    """The byte as it is: v · x_a + hi · (x_b − 16 · x_a), less 8 · x_a, which is the same for all columns."""
+    v = g.op("DequantizeLinear", w["bytes"], g.constant(1, np.float16))
+    hi = g.op("Floor", g.op("Mul", v, g.constant(1 / 16, np.float16)))
+    single = ir.DataType.FLOAT
+
+    def one(row: ir.Value) -> ir.Value:
+        halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, BLOCK // 2]))
+        a, b = _part(g, halves, 1, 0), _part(g, halves, 1, 1)
+        other = g.op("Sub", b, g.op("Mul", a, g.constant(16, np.float16)))
+        offset = g.op("ReduceSum", g.op("Mul", a, g.constant(8, np.float16)), g.constant([1]), keepdims=0)
+        p = g.op("Add", g.op("Mul", v, a), g.op("Mul", hi, other))
+        sums = g.op("ReduceSum", g.cast(p, HALF, single), g.constant([2]), keepdims=0)
+        sums = g.op("Sub", sums, g.cast(offset, HALF, single))
+        sums = g.op("ReduceSum", g.op("Mul", sums, g.cast(w["scale"], HALF, single)), g.constant([1]), keepdims=0)
+        return g.cast(sums, single, HALF)
+
+    return _rows(g, x, m, one)
+
+
 def write_together(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
     """All rows in one product [M, N, K / 128, 64]."""
     lo, hi = _split(g, w)
@@ -141,9 +173,10 @@ def write_together(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: i
 
 def write_pairs(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
     lo, hi = _split(g, w)
+    pairs, block = w["bytes"].shape[1:]
 
     def one(row: ir.Value) -> ir.Value:
-        halves = g.op("Reshape", row, g.constant([k // BLOCK // 2, 2, BLOCK]))
+        halves = g.op("Reshape", row, g.constant([pairs, 2, block]))
         a = g.op("Mul", g.op("Mul", lo, _part(g, halves, 1, 0)), w["scale"])
         b = g.op("Mul", g.op("Mul", hi, _part(g, halves, 1, 1)), w["scale_hi"])
         return g.op("ReduceSum", g.op("Add", a, b), g.constant([1, 2]), keepdims=0)
@@ -218,6 +251,20 @@ def write_unpacked(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: i
     return g.op("MatMul", x, g.op("Transpose", g.op("Reshape", matrix, g.constant([n, k])), perm=[1, 0]))
 
 
+def write_unpacked_in_parts(parts: int) -> Callable:
+    """The same, a part of the columns at a time: what is unpacked of each may stay in the L2 cache."""
+
+    def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+        sums, step = [], n // parts
+        for start in range(0, n, step):
+            bounds = (g.constant([start]), g.constant([start + step]), g.constant([0]))
+            part = {name: g.op("Slice", value, *bounds) for name, value in w.items()}
+            sums.append(write_unpacked(g, x, part, m, k, step))
+        return g.op("Concat", *sums, axis=1)
+
+    return write
+
+
 def write_native(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
     return g.op("MatMul", x, g.op("DequantizeLinear", w["q"], w["scale"], axis=0, block_size=BLOCK))
 
@@ -227,17 +274,37 @@ def write_native_sum(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n:
     return _rows(g, x, m, lambda row: g.op("ReduceSum", g.op("Mul", matrix, row), g.constant([1]), keepdims=0))
 
 
+def write_native_column_sum(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    """A package's own layout, summed over K by a reduction."""
+    matrix = g.op("DequantizeLinear", w["q"], w["scale"], axis=0, block_size=BLOCK)
+
+    def one(row: ir.Value) -> ir.Value:
+        column = g.op("Reshape", row, g.constant([k, 1]))
+        return g.op("ReduceSum", g.op("Mul", matrix, column), g.constant([0]), keepdims=0)
+
+    return _rows(g, x, m, one)
+
+
 FEW = (1, 2, 4)
+NATIVE = (1, 2, 4, 8, 16, 64, 512)
 FORMS = {
-    "native": Form(pack_native, write_native, (1, 2, 4, 8, 16, 64, 512), constant=True),
-    "native, weights as inputs": Form(pack_native, write_native, (1, 2, 4, 8, 16, 64, 512)),
-    "native, sum": Form(pack_native_rows, write_native_sum, (1,), constant=True),
+    "native": Form(pack_native, write_native, NATIVE, constant=True),
+    "native, weights as inputs": Form(pack_native, write_native, NATIVE),
+    "native, sum": Form(pack_native_rows, write_native_sum, FEW, constant=True),
+    "native, sum, weights as inputs": Form(pack_native_rows, write_native_sum, FEW),
+    "native, column sum": Form(pack_native, write_native_column_sum, constant=True),
+    "native, column sum, weights as inputs": Form(pack_native, write_native_column_sum, FEW),
     "blocks": Form(pack_blocks, write_blocks(True), FEW),
     "blocks, scale last": Form(pack_blocks, write_blocks(False), FEW),
+    "blocks, rounded by adding": Form(pack_blocks, write_blocks(True, 1, _split_added), FEW, rounds=True),
+    "blocks, rounded by adding, scale last": Form(pack_blocks, write_blocks(False, 1, _split_added), rounds=True),
+    "blocks, whole bytes": Form(pack_blocks, write_whole),
     "blocks, split 2": Form(pack_blocks, write_blocks(True, 2)),
     "blocks, split 4": Form(pack_blocks, write_blocks(True, 4)),
     "blocks, rows together": Form(pack_blocks, write_together, (2, 4, 8)),
     "pairs": Form(pack_pairs, write_pairs, FEW),
+    "pairs of 64": Form(pack_pairs, write_pairs, FEW, block=64),
+    "pairs of 32": Form(pack_pairs, write_pairs, block=32),
     "columns": Form(pack_columns, write_columns(False)),
     "columns, scale first": Form(pack_columns, write_columns(True), FEW),
     "package": Form(pack_package, write_columns(False, _split_package)),
@@ -245,5 +312,6 @@ FORMS = {
     "package, unpacked": Form(pack_package, write_package, (16, 512)),
     "rows": Form(pack_rows, write_rows, FEW),
     "int8": Form(pack_int8, write_int8, FEW),
-    "blocks, unpacked": Form(pack_blocks, write_unpacked, (8, 16, 64, 512)),
+    "blocks, unpacked": Form(pack_blocks, write_unpacked, (8, 16, 64, 512, 2048)),
+    "blocks, unpacked in 4": Form(pack_blocks, write_unpacked_in_parts(4), (8, 16, 64)),
 }

@@ -1,70 +1,80 @@
 """Which form of an INT4 projection is the fastest: each of ``projection_forms`` in a chain of 4096 → 14336 → 4096.
 
 python tools/search_projection.py check [build]  # every form against float64 on ONNX Runtime; no GPU
-python tools/search_projection.py time [FORM…]   # on the GPU: microseconds a pair, GB/s of weights, relative error
+python tools/search_projection.py time [FORM…]   # on the GPU: microseconds a matrix, GB/s of weights, relative error
 """
 
+import multiprocessing
+import os
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import provenance
-from projection_forms import BLOCK, FORMS, HALF, Form
+from projection_forms import FORMS, HALF, Arrays, Form
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt.engine.flavor import choose  # noqa: E402
 from llmtrt.engine.logger import make_logger  # noqa: E402
 from llmtrt.graph.builder import GraphBuilder  # noqa: E402
 
+# Three pairs of matrices do not fit the L2 cache, so that each is read from memory.
 SHAPES, PAIRS, LAUNCHES = (4096, 14336), 3, 30
 _TYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}
 
 
-def weights(rng: np.random.Generator, k: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    q = rng.integers(-8, 8, (k, n), dtype=np.int8)
-    scale = (rng.uniform(0.5, 1.5, (k // BLOCK, n)) / (4.6 * k**0.5)).astype(np.float16)
-    return q, scale
+def weights(k: int, n: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """q [K, N] and scale [K / block, N], the same at every call."""
+    rng = np.random.default_rng(k)
+    q = (rng.integers(0, 256, (k, n), np.uint8).view(np.int8) >> 4).astype(np.int8)
+    return q, (rng.uniform(0.5, 1.5, (k // block, n)) / (4.6 * k**0.5)).astype(np.float16)
 
 
-def chain(form: Form, m: int, shapes: tuple[int, int], pairs: int, seed: int = 0):
-    """The graph, the arrays of its inputs beside x, and x · W of the first matrix in float64 for x of ``first_x``."""
-    rng, g = np.random.default_rng(seed), GraphBuilder("chain")
-    x = g.input("x", HALF, [m, shapes[0]])
-    arrays, y = {}, x
+def expected(form: Form, m: int, shapes: tuple[int, int]) -> np.ndarray:
+    """x · W of the first matrix in float64, for x of ``first_x``, of every 16th column."""
+    q, scale = weights(*shapes, form.block)
+    q, scale = q[:, ::16].astype(np.float64), scale[:, ::16].astype(np.float64)
+    if form.pack.__name__ == "pack_int8":
+        scale = scale[:1]
+    return first_x(m, shapes[0]).astype(np.float64) @ (q * np.repeat(scale, len(q) // len(scale), 0))
+
+
+def chain(form: Form, m: int, shapes: tuple[int, int], pairs: int) -> tuple[ir.Model, list[Arrays]]:
+    """The graph, and the arrays of a pair of matrices, which all pairs of its inputs take copies of.
+
+    Inputs are x and w<index>.<array>; outputs y, and ``first``, the product with the first matrix.
+    """
+    g = GraphBuilder("chain")
+    y = g.input("x", HALF, [m, shapes[0]])
+    packed = [form.pack(*weights(k, n, form.block)) for k, n in (shapes, shapes[::-1])]
     for index in range(2 * pairs):
         k, n = shapes if index % 2 == 0 else shapes[::-1]
-        q, scale = weights(rng, k, n)
-        packed = form.pack(q, scale)
         values = {}
-        for name, array in packed.items():
+        for name, array in packed[index % 2].items():
             where = f"w{index}.{name}"
-            if name == "q" and not form.constant:
-                values[name] = g.input(where, ir.DataType.INT4, list(array.shape))
-                arrays[where] = _int4(array)
-            elif name == "q":
-                values[name] = g.initializer(
-                    ir.PackedTensor(_int4(array), ir.DataType.INT4, shape=ir.Shape(array.shape), name=where)
-                )
-            elif form.constant:
-                values[name] = g.initializer(ir.tensor(array, name=where))
+            dtype = ir.DataType.INT4 if name == "q" else _TYPES[array.dtype.name]
+            if not form.constant:
+                values[name] = g.input(where, dtype, list(array.shape))
+                continue
+            array = np.roll(array, index, axis=0) if index > 1 else array  # equal constants may become one
+            if name == "q":
+                tensor = ir.PackedTensor(_int4(array), dtype, shape=ir.Shape(array.shape), name=where)
             else:
-                values[name] = g.input(where, _TYPES[array.dtype.name], list(array.shape))
-                arrays[where] = array
+                tensor = ir.tensor(array, name=where)
+            values[name] = g.initializer(tensor)
         with g.scope(f"p{index}"):
             y = form.write(g, y, values, m, k, n)
         if index == 0:
             first = y
-            matrix = q.astype(np.float64) * np.repeat(scale, BLOCK, 0)
-            if "int8" in str(form.pack.__name__):
-                matrix = q.astype(np.float64) * scale[:1]
-            expected = first_x(m, shapes[0]).astype(np.float64) @ matrix
-    if pairs > 0:
-        g.output(y, "y", HALF, [m, shapes[0]])
+    g.output(y, "y", HALF, [m, shapes[0]])
     g.output(first, "first", HALF, [m, shapes[1]])
-    return g.model(), arrays, expected
+    given = [{name: _int4(each) if name == "q" else each for name, each in arrays.items()} for arrays in packed]
+    return g.model(), [] if form.constant else given
 
 
 def first_x(m: int, k: int) -> np.ndarray:
@@ -76,30 +86,36 @@ def _int4(values: np.ndarray) -> np.ndarray:
     return (flat[::2] | flat[1::2] << 4).astype(np.uint8)
 
 
-def error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def error(form: Form, first: np.ndarray, shapes: tuple[int, int]) -> float:
+    wanted = expected(form, len(first), shapes)
+    return float(np.linalg.norm(first[:, ::16].astype(np.float64) - wanted) / np.linalg.norm(wanted))
 
 
 def check(builds: bool) -> dict[str, float]:
     """The relative error of each form on ONNX Runtime; ``builds``: and TensorRT makes a plan of it."""
     import onnxruntime
 
-    found = {}
+    found, shapes = {}, (512, 1024)
     for name, form in FORMS.items():
         for m in form.rows:
-            m, shapes = min(m, 16), (512, 1024)
-            model, arrays, expected = chain(form, m, shapes, 1)
+            m = min(m, 16)
+            model, arrays = chain(form, m, shapes, 1)
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-            if any(value.dtype == ir.DataType.INT4 for value in model.graph.inputs):
-                print(name, "cannot be fed to ONNX Runtime", f"{len(build(model)) / 1e6:.1f} MB plan" if builds else "")
+            if form.rounds or any(value.dtype == ir.DataType.INT4 for value in model.graph.inputs):
+                print(
+                    name,
+                    "cannot be checked on ONNX Runtime",
+                    f"{len(build(model)) / 1e6:.1f} MB plan" if builds else "",
+                )
                 break
             session = onnxruntime.InferenceSession(
                 ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
-            (first,) = session.run(["first"], {"x": first_x(m, shapes[0])} | arrays)
-            found[f"{name}, {m} rows"] = error(first, expected)
+            given = {f"w{index}.{key}": array for index, each in enumerate(arrays) for key, array in each.items()}
+            (first,) = session.run(["first"], {"x": first_x(m, shapes[0])} | given)
+            found[f"{name}, {m} rows"] = error(form, first, shapes)
             built = f"{len(build(model)) / 1e6:.1f} MB plan" if builds else ""
             print(f"{name}, {m} rows: {found[f'{name}, {m} rows']:.1e} {built}", flush=True)
     return found
@@ -119,73 +135,116 @@ def build(model: ir.Model) -> bytes:
     return bytes(plan)
 
 
-def time_form(form: Form, m: int) -> dict:
-    from llmtrt.runtime.cuda import Cuda
+class Running:
+    """A plan on the GPU with its chain's arrays, its kernels taken from and left in the file ``kernels``."""
 
-    model, arrays, expected = chain(form, m, SHAPES, PAIRS)
-    start = time.monotonic()
-    plan = build(model)
-    built, flavor, cuda = time.monotonic() - start, choose(), Cuda()
-    trt = flavor.module
-    try:
-        logger = make_logger(flavor)
-        engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-        config = engine.create_runtime_config()
+    def __init__(self, plan: bytes, m: int, arrays: list[Arrays], kernels: Path):
+        from llmtrt.runtime.cuda import Cuda
+
+        self.cuda, flavor, self._kernels = Cuda(), choose(), kernels
+        trt = flavor.module
+        self._engine = trt.Runtime(make_logger(flavor)).deserialize_cuda_engine(plan)
+        config = self._engine.create_runtime_config()
         config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        context = engine.create_execution_context(config)
-        sizes = {"y": 2 * m * SHAPES[0], "first": 2 * m * SHAPES[1]}
-        places = {}
-        for name, array in ({"x": first_x(m, SHAPES[0])} | arrays).items():
-            places[name] = cuda.allocate(array.nbytes)
-            cuda.upload(places[name], np.ascontiguousarray(array))
-        for name, size in sizes.items():
-            places[name] = cuda.allocate(size)
-        for name, address in places.items():
-            context.set_tensor_address(name, address)
-        context.execute_async_v3(cuda.stream)
-        cuda.synchronize()
-        compiled = time.monotonic() - start - built
-        graph = cuda.capture(partial(context.execute_async_v3, cuda.stream))
-        best = 1e9
+        self._cache = config.create_runtime_cache()
+        if kernels.exists():
+            self._cache.deserialize(kernels.read_bytes())
+        config.set_runtime_cache(self._cache)
+        self._config, self._context, self._m = config, self._engine.create_execution_context(config), m
+        given = {"x": first_x(m, SHAPES[0])}
+        for index in range(2 * PAIRS if arrays else 0):
+            given |= {f"w{index}.{name}": array for name, array in arrays[index % 2].items()}
+        self._places = {"y": self.cuda.allocate(2 * m * SHAPES[0]), "first": self.cuda.allocate(2 * m * SHAPES[1])}
+        for name, array in given.items():
+            self._places[name] = self.cuda.allocate(array.nbytes)
+            self.cuda.upload(self._places[name], np.ascontiguousarray(array))
+        for name, address in self._places.items():
+            self._context.set_tensor_address(name, address)
+        self.run()
+        self.cuda.synchronize()
+
+    def run(self) -> None:
+        if not self._context.execute_async_v3(self.cuda.stream):
+            raise RuntimeError("TensorRT could not run it")
+
+    def save(self) -> None:
+        self._kernels.write_bytes(self._cache.serialize())
+
+    def first(self) -> np.ndarray:
+        found = np.empty((self._m, SHAPES[1]), np.float16)
+        self.cuda.download(found, self._places["first"])
+        self.cuda.synchronize()
+        return found
+
+    def seconds(self) -> float:
+        """Of one run of the chain, captured."""
+        graph, best = self.cuda.capture(self.run), 1e9
         for _ in range(5):
-            cuda.synchronize()
+            self.cuda.synchronize()
             began = time.perf_counter()
             for _ in range(LAUNCHES):
-                cuda.launch(graph)
-            cuda.synchronize()
+                self.cuda.launch(graph)
+            self.cuda.synchronize()
             best = min(best, (time.perf_counter() - began) / LAUNCHES)
-        first = np.empty((m, SHAPES[1]), np.float16)
-        cuda.download(first, places["first"])
-        cuda.synchronize()
-        pair = best / PAIRS
-        cuda.finish()
-        del graph, context, engine, config
-        return {
-            "us_per_matrix": round(1e6 * pair / 2, 2),
-            "gb_per_s": round(sum(SHAPES[0] * SHAPES[1] * (0.5 + 2 / BLOCK) for _ in range(2)) / pair / 1e9, 1),
-            "relative_error": float(f"{error(first.astype(np.float64), expected):.1e}"),
-            "build_s": round(built, 1),
-            "compile_s": round(compiled, 1),
-            "plan_mb": round(len(plan) / 1e6, 1),
-        }
+        return best
+
+    def close(self) -> None:
+        self.cuda.finish()
+        self._context = self._config = self._cache = self._engine = None
+        self.cuda.close()
+
+
+def prepare(folder: Path, name: str, m: int) -> dict:
+    """Builds and compiles a form, and leaves plan, kernels and arrays in ``folder``."""
+    began, form = time.monotonic(), FORMS[name]
+    model, arrays = chain(form, m, SHAPES, PAIRS)
+    plan = build(model)
+    built = time.monotonic()
+    place = folder / f"{list(FORMS).index(name)}-{m}"
+    running = Running(plan, m, arrays, place.with_suffix(".kernels"))
+    found = {"build_s": round(built - began, 1), "compile_s": round(time.monotonic() - built, 1)}
+    found |= {"relative_error": float(f"{error(form, running.first(), SHAPES):.1e}")}
+    running.save()
+    running.close()
+    place.with_suffix(".plan").write_bytes(plan)
+    for index, each in enumerate(arrays):
+        np.savez(place.with_suffix(f".{index}.npz"), **each)
+    return found | {"plan_mb": round(len(plan) / 1e6, 1)}
+
+
+def time_form(folder: Path, name: str, m: int) -> dict:
+    place = folder / f"{list(FORMS).index(name)}-{m}"
+    arrays = [dict(np.load(path)) for path in sorted(folder.glob(f"{place.name}.?.npz"))]
+    running = Running(place.with_suffix(".plan").read_bytes(), m, arrays, place.with_suffix(".kernels"))
+    try:
+        matrix = running.seconds() / (2 * PAIRS)
     finally:
-        cuda.close()
+        running.close()
+    size = SHAPES[0] * SHAPES[1] * (0.5 + 2 / FORMS[name].block)
+    return {"us_per_matrix": round(1e6 * matrix, 2), "gb_per_s": round(size / matrix / 1e9, 1)}
 
 
 def main() -> None:
     if sys.argv[1] == "check":
         assert max(check("build" in sys.argv).values()) < 2e-3
         return
-    results = {}
-    for name in sys.argv[2:] or FORMS:
-        for m in FORMS[name].rows:
-            try:
-                results[f"{name}, {m} rows"] = time_form(FORMS[name], m)
-            except Exception as problem:  # noqa: BLE001 - a form that does not build is a result
-                results[f"{name}, {m} rows"] = str(problem)[:300]
+    results, cases = {}, [(name, m) for name in sys.argv[2:] or FORMS for m in FORMS[name].rows]
+    with tempfile.TemporaryDirectory() as folder:
+        work = partial(prepare, Path(folder))
+        with ProcessPoolExecutor(max(1, os.cpu_count() - 2), multiprocessing.get_context("spawn")) as pool:
+            waiting = [pool.submit(work, name, m) for name, m in cases]
+            for (name, m), future in zip(cases, waiting):
+                try:
+                    results[f"{name}, {m} rows"] = future.result()
+                except Exception as problem:  # noqa: BLE001 - a form that does not build is a result
+                    results[f"{name}, {m} rows"] = str(problem)[:300]
+        for name, m in cases:
+            found = results[f"{name}, {m} rows"]
+            if isinstance(found, dict):
+                results[f"{name}, {m} rows"] = time_form(Path(folder), name, m) | found
             print(f"{name}, {m} rows", results[f"{name}, {m} rows"], flush=True)
-            provenance.write("gpu-projections", results, ("numpy",), quiet=True)
+    provenance.write("gpu-projections", results, ("numpy",), quiet=True)
 
 
 if __name__ == "__main__":
