@@ -52,6 +52,19 @@ def pack_pairs(q: np.ndarray, scale: np.ndarray) -> Arrays:
     }
 
 
+def pack_row_halves(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """bytes [N / 2, K / 128, 128]: a byte has a weight of row n and of row n + N / 2; a scale [N / 2, K / 128] of each."""
+    lo, hi = (half.T.reshape(q.shape[1] // 2, -1, BLOCK) for half in np.split(q, 2, 1))
+    scales = [np.ascontiguousarray(half.T) for half in np.split(scale, 2, 1)]
+    return {"bytes": nibbles(lo, hi), "scale": scales[0], "scale_hi": scales[1]}
+
+
+def pack_unsigned(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """As ``pack_blocks``, both weights with 8 added, in a byte without a sign."""
+    blocks = pack_blocks(q, scale)
+    return blocks | {"bytes": (blocks["bytes"].astype(np.int16) + 128).astype(np.uint8)}
+
+
 def pack_columns(q: np.ndarray, scale: np.ndarray) -> Arrays:
     """bytes [K, N / 2]: two columns a byte; scale [K / 128, N]."""
     return {"bytes": nibbles(q[:, ::2], q[:, 1::2]), "scale": scale}
@@ -96,6 +109,13 @@ def _split_added(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
     hi = g.op("Sub", g.op("Add", near, g.constant(1536, np.float16)), g.constant(1536, np.float16))
     lo = g.op("Sub", g.op("Sub", v, g.op("Mul", hi, g.constant(16, np.float16))), g.constant(8, np.float16))
     return lo, hi
+
+
+def _split_unsigned(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
+    v, eight = g.op("Cast", w["bytes"], to=int(HALF)), g.constant(8, np.float16)
+    hi = g.op("Floor", g.op("Mul", v, g.constant(1 / 16, np.float16)))
+    lo = g.op("Sub", v, g.op("Mul", hi, g.constant(16, np.float16)))
+    return g.op("Sub", lo, eight), g.op("Sub", hi, eight)
 
 
 def _split_package(g: GraphBuilder, w: Values) -> tuple[ir.Value, ir.Value]:
@@ -265,6 +285,66 @@ def write_unpacked_in_parts(parts: int) -> Callable:
     return write
 
 
+def write_unpacked_left(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    """The same as the left factor: (W xᵀ)ᵀ, so that only what is small is transposed."""
+    values = g.op("Concat", *_split(g, w), axis=2)
+    matrix = g.op("Reshape", g.op("Mul", values, g.op("Unsqueeze", w["scale"], g.constant([2]))), g.constant([n, k]))
+    return g.op("Transpose", g.op("MatMul", matrix, g.op("Transpose", x, perm=[1, 0])), perm=[1, 0])
+
+
+def write_unpacked_gemm(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    values = g.op("Concat", *_split(g, w), axis=2)
+    matrix = g.op("Reshape", g.op("Mul", values, g.op("Unsqueeze", w["scale"], g.constant([2]))), g.constant([n, k]))
+    return g.op("Gemm", x, matrix, transB=1)
+
+
+def write_unpacked_halves(left: bool) -> Callable:
+    """lo and hi each a matrix [N, K / 2] for its own half of x, so that nothing is put together. ``left``: as the left
+    factor."""
+
+    def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+        halves = g.op("Reshape", x, g.constant([m, k // BLOCK, 2, BLOCK // 2]))
+        scale, sums = g.op("Unsqueeze", w["scale"], g.constant([2])), []
+        for index, part in enumerate(_split(g, w)):
+            half = g.op("Reshape", _part(g, halves, 2, index), g.constant([m, k // 2]))
+            matrix = g.op("Reshape", g.op("Mul", part, scale), g.constant([n, k // 2]))
+            if left:
+                sums.append(g.op("MatMul", matrix, g.op("Transpose", half, perm=[1, 0])))
+            else:
+                sums.append(g.op("Gemm", half, matrix, transB=1))
+        y = g.op("Add", *sums)
+        return g.op("Transpose", y, perm=[1, 0]) if left else y
+
+    return write
+
+
+def write_row_halves(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    parts = list(zip(_split(g, w), (w["scale"], w["scale_hi"])))
+
+    def one(row: ir.Value) -> ir.Value:
+        blocks, sums = g.op("Reshape", row, g.constant([k // BLOCK, BLOCK])), []
+        for part, scale in parts:
+            p = g.op("ReduceSum", g.op("Mul", part, blocks), g.constant([2]), keepdims=0)
+            sums.append(g.op("ReduceSum", g.op("Mul", p, scale), g.constant([1]), keepdims=0))
+        return g.op("Concat", *sums, axis=0)
+
+    return _rows(g, x, m, one)
+
+
+def write_row_halves_unpacked(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    sums = []
+    for part, scale in zip(_split(g, w), (w["scale"], w["scale_hi"])):
+        matrix = g.op("Mul", part, g.op("Unsqueeze", scale, g.constant([2])))
+        sums.append(g.op("Gemm", x, g.op("Reshape", matrix, g.constant([n // 2, k])), transB=1))
+    return g.op("Concat", *sums, axis=1)
+
+
+def write_shared_pairs(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    """``write_pairs`` on the bytes of ``pack_blocks``: both halves of a block have its scale."""
+    scale = g.op("Unsqueeze", w["scale"], g.constant([2]))
+    return write_pairs(g, x, {"bytes": w["bytes"], "scale": scale, "scale_hi": scale}, m, k, n)
+
+
 def write_native(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
     return g.op("MatMul", x, g.op("DequantizeLinear", w["q"], w["scale"], axis=0, block_size=BLOCK))
 
@@ -286,7 +366,8 @@ def write_native_column_sum(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: 
 
 
 FEW = (1, 2, 4)
-NATIVE = (1, 2, 4, 8, 16, 64, 512)
+MANY = (16, 64, 512, 2048)
+NATIVE = (1, 2, 4, 8, *MANY)
 FORMS = {
     "native": Form(pack_native, write_native, NATIVE, constant=True),
     "native, weights as inputs": Form(pack_native, write_native, NATIVE),
@@ -312,6 +393,14 @@ FORMS = {
     "package, unpacked": Form(pack_package, write_package, (16, 512)),
     "rows": Form(pack_rows, write_rows, FEW),
     "int8": Form(pack_int8, write_int8, FEW),
-    "blocks, unpacked": Form(pack_blocks, write_unpacked, (8, 16, 64, 512, 2048)),
+    "blocks, unpacked": Form(pack_blocks, write_unpacked, MANY),
+    "blocks, unsigned": Form(pack_unsigned, write_blocks(False, 1, _split_unsigned), FEW),
+    "row halves": Form(pack_row_halves, write_row_halves, FEW),
+    "row halves, unpacked": Form(pack_row_halves, write_row_halves_unpacked, MANY),
+    "blocks, as pairs": Form(pack_blocks, write_shared_pairs, FEW),
+    "blocks, unpacked, left": Form(pack_blocks, write_unpacked_left, MANY),
+    "blocks, unpacked, Gemm": Form(pack_blocks, write_unpacked_gemm, MANY),
+    "blocks, unpacked, halves": Form(pack_blocks, write_unpacked_halves(False), MANY),
+    "blocks, unpacked, halves, left": Form(pack_blocks, write_unpacked_halves(True), MANY),
     "blocks, unpacked in 4": Form(pack_blocks, write_unpacked_in_parts(4), (8, 16, 64)),
 }

@@ -17,15 +17,14 @@ import numpy as np
 import onnx_ir as ir
 import provenance
 from projection_forms import FORMS, HALF, Arrays, Form
+from trial_plan import Running, build
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from llmtrt.engine.flavor import choose  # noqa: E402
-from llmtrt.engine.logger import make_logger  # noqa: E402
 from llmtrt.graph.builder import GraphBuilder  # noqa: E402
 
 # Three pairs of matrices do not fit the L2 cache, so that each is read from memory.
-SHAPES, PAIRS, LAUNCHES = (4096, 14336), 3, 30
-_TYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}
+SHAPES, PAIRS = (4096, 14336), 3
+_TYPES = {"int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8, "float16": ir.DataType.FLOAT16}
 
 
 def weights(k: int, n: int, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,8 +72,8 @@ def chain(form: Form, m: int, shapes: tuple[int, int], pairs: int) -> tuple[ir.M
             first = y
     g.output(y, "y", HALF, [m, shapes[0]])
     g.output(first, "first", HALF, [m, shapes[1]])
-    given = [{name: _int4(each) if name == "q" else each for name, each in arrays.items()} for arrays in packed]
-    return g.model(), [] if form.constant else given
+    arrays = [{name: _int4(each) if name == "q" else each for name, each in pair.items()} for pair in packed]
+    return g.model(), [] if form.constant else arrays
 
 
 def first_x(m: int, k: int) -> np.ndarray:
@@ -113,86 +112,20 @@ def check(builds: bool) -> dict[str, float]:
             session = onnxruntime.InferenceSession(
                 ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
-            given = {f"w{index}.{key}": array for index, each in enumerate(arrays) for key, array in each.items()}
-            (first,) = session.run(["first"], {"x": first_x(m, shapes[0])} | given)
+            inputs = {f"w{index}.{key}": array for index, each in enumerate(arrays) for key, array in each.items()}
+            (first,) = session.run(["first"], {"x": first_x(m, shapes[0])} | inputs)
             found[f"{name}, {m} rows"] = error(form, first, shapes)
             built = f"{len(build(model)) / 1e6:.1f} MB plan" if builds else ""
             print(f"{name}, {m} rows: {found[f'{name}, {m} rows']:.1e} {built}", flush=True)
     return found
 
 
-def build(model: ir.Model) -> bytes:
-    flavor = choose()
-    trt, logger = flavor.module, make_logger(flavor)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(ir.to_proto(model).SerializeToString()):
-        raise RuntimeError("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
-    plan = builder.build_serialized_network(network, builder.create_builder_config())
-    if plan is None:
-        raise RuntimeError(logger.reason() or "no reason")
-    return bytes(plan)
-
-
-class Running:
-    """A plan on the GPU with its chain's arrays, its kernels taken from and left in the file ``kernels``."""
-
-    def __init__(self, plan: bytes, m: int, arrays: list[Arrays], kernels: Path):
-        from llmtrt.runtime.cuda import Cuda
-
-        self.cuda, flavor, self._kernels = Cuda(), choose(), kernels
-        trt = flavor.module
-        self._engine = trt.Runtime(make_logger(flavor)).deserialize_cuda_engine(plan)
-        config = self._engine.create_runtime_config()
-        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        self._cache = config.create_runtime_cache()
-        if kernels.exists():
-            self._cache.deserialize(kernels.read_bytes())
-        config.set_runtime_cache(self._cache)
-        self._config, self._context, self._m = config, self._engine.create_execution_context(config), m
-        given = {"x": first_x(m, SHAPES[0])}
-        for index in range(2 * PAIRS if arrays else 0):
-            given |= {f"w{index}.{name}": array for name, array in arrays[index % 2].items()}
-        self._places = {"y": self.cuda.allocate(2 * m * SHAPES[0]), "first": self.cuda.allocate(2 * m * SHAPES[1])}
-        for name, array in given.items():
-            self._places[name] = self.cuda.allocate(array.nbytes)
-            self.cuda.upload(self._places[name], np.ascontiguousarray(array))
-        for name, address in self._places.items():
-            self._context.set_tensor_address(name, address)
-        self.run()
-        self.cuda.synchronize()
-
-    def run(self) -> None:
-        if not self._context.execute_async_v3(self.cuda.stream):
-            raise RuntimeError("TensorRT could not run it")
-
-    def save(self) -> None:
-        self._kernels.write_bytes(self._cache.serialize())
-
-    def first(self) -> np.ndarray:
-        found = np.empty((self._m, SHAPES[1]), np.float16)
-        self.cuda.download(found, self._places["first"])
-        self.cuda.synchronize()
-        return found
-
-    def seconds(self) -> float:
-        """Of one run of the chain, captured."""
-        graph, best = self.cuda.capture(self.run), 1e9
-        for _ in range(5):
-            self.cuda.synchronize()
-            began = time.perf_counter()
-            for _ in range(LAUNCHES):
-                self.cuda.launch(graph)
-            self.cuda.synchronize()
-            best = min(best, (time.perf_counter() - began) / LAUNCHES)
-        return best
-
-    def close(self) -> None:
-        self.cuda.finish()
-        self._context = self._config = self._cache = self._engine = None
-        self.cuda.close()
+def given(m: int, arrays: list[Arrays]) -> Arrays:
+    """The chain's inputs; all pairs of matrices have the same values."""
+    found = {"x": first_x(m, SHAPES[0])}
+    for index in range(2 * PAIRS if arrays else 0):
+        found |= {f"w{index}.{name}": array for name, array in arrays[index % 2].items()}
+    return found
 
 
 def prepare(folder: Path, name: str, m: int) -> dict:
@@ -202,9 +135,9 @@ def prepare(folder: Path, name: str, m: int) -> dict:
     plan = build(model)
     built = time.monotonic()
     place = folder / f"{list(FORMS).index(name)}-{m}"
-    running = Running(plan, m, arrays, place.with_suffix(".kernels"))
+    running = Running(plan, given(m, arrays), place.with_suffix(".kernels"))
     found = {"build_s": round(built - began, 1), "compile_s": round(time.monotonic() - built, 1)}
-    found |= {"relative_error": float(f"{error(form, running.first(), SHAPES):.1e}")}
+    found |= {"relative_error": float(f"{error(form, running.output('first'), SHAPES):.1e}")}
     running.save()
     running.close()
     place.with_suffix(".plan").write_bytes(plan)
@@ -216,7 +149,7 @@ def prepare(folder: Path, name: str, m: int) -> dict:
 def time_form(folder: Path, name: str, m: int) -> dict:
     place = folder / f"{list(FORMS).index(name)}-{m}"
     arrays = [dict(np.load(path)) for path in sorted(folder.glob(f"{place.name}.?.npz"))]
-    running = Running(place.with_suffix(".plan").read_bytes(), m, arrays, place.with_suffix(".kernels"))
+    running = Running(place.with_suffix(".plan").read_bytes(), given(m, arrays), place.with_suffix(".kernels"))
     try:
         matrix = running.seconds() / (2 * PAIRS)
     finally:
