@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from llmtrt.engine.gpu import Gpu, Gpus
-from llmtrt.engine.manifest import GREEDY, PLAN, SAMPLER
+from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, WEIGHTS
 from llmtrt.graph.sampler import write_sampler
 
 GPU = Gpus((Gpu(0, "Fake GPU", "8.9", 1 << 30, driver="580.0"),), "580.0", "13.0")
@@ -327,11 +327,11 @@ class FakeTensorRT(types.ModuleType):
         self.__version__ = version or engine.flavor_version
         self.manifest, self.cuda, self.weights = engine.manifest, cuda, weights
         self.graph = str(graph or engine.package_path / "model.onnx")
-        self.plans = {(engine.path / name).read_bytes(): name for name in (PLAN, GREEDY, SAMPLER)}
+        self.plans = {(engine.path / name).read_bytes(): name for name in engine.plans}
         self.runs, self.budgets, self.compiled, self.strategies = [], [], [], []
         self.read_as_stream = []
         self.contexts = weakref.WeakSet()
-        stored = (engine.package_path / "model.onnx.data").read_bytes() if engine.package_path else b""
+        stored = (engine.path / WEIGHTS).read_bytes() if engine.weight_inputs else b""
         self.weight_inputs = {
             name: stored[start : start + size] for name, (start, size) in engine.weight_inputs.items()
         }
@@ -405,10 +405,12 @@ class FakeEngine:
     def __init__(self, trt, name):
         self.trt, self.name = trt, name
         weakref.finalize(self, trt.cuda.ended.append, "engine")
-        self.session = _session(trt.graph if name == PLAN else name, trt.manifest["model"]["vocab_size"])
+        self.decodes = name in (PLAN, DECODE)
+        self.session = _session(trt.graph if self.decodes else name, trt.manifest["model"]["vocab_size"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
-        self.weights = trt.weight_inputs if name == PLAN else {}
+        self.weights = trt.weight_inputs if name == DECODE or "weight_inputs" in trt.manifest["lowerings"] else {}
+        self.weights = self.weights if self.decodes else {}
         self.names = [*self.inputs, *self.weights, *self.outputs]
         self.num_io_tensors = len(self.names)
         self.streamable_weights_size = 0
@@ -431,7 +433,7 @@ class FakeEngine:
     def get_tensor_shape(self, name):
         if name in self.weights:
             return (len(self.weights[name]),)
-        if self.name == PLAN and name in self.inputs:
+        if self.decodes and name in self.inputs:
             return (-1, *self.trt.manifest["profiles"][0]["shapes"][name][1][1:])
         return tuple(size if isinstance(size, int) else -1 for size in (self.inputs | self.outputs)[name].shape)
 
@@ -449,6 +451,9 @@ class FakeEngine:
         manifest = self.trt.manifest
         if self.name == PLAN:
             return manifest["profiles"][profile]["shapes"]
+        if self.name == DECODE:
+            fixed = {name: (1, *self.get_tensor_shape(name)[1:]) for name in self.inputs if name != "kv_range"}
+            return {name: [shape] * 3 for name, shape in fixed.items()} | manifest["one_row"]["profile"]["shapes"]
         assert profile == 0
         rows = manifest["check_rows"] if self.name == GREEDY else 1
         sizes = {"B": (1, 1, rows * manifest["max_batch"]), "N": (manifest["capacity"],) * 3}
@@ -458,7 +463,7 @@ class FakeEngine:
         }
 
     def activations(self, shapes):
-        if self.name != PLAN:
+        if not self.decodes:
             return 500 * shapes["logits"][0]
         rows = int(np.prod(shapes["input_ids"])) * shapes["logits_index"][1]
         return 1000 * rows + self.weight_streaming_scratch_memory_size

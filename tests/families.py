@@ -38,6 +38,17 @@ CONFIGS = {
         "Llama",
         dict(num_attention_heads=5, num_key_value_heads=1, hidden_size=40, attention_bias=True, mlp_bias=True),
     ),
+    "llama-even": (
+        "Llama",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            hidden_size=128,
+            intermediate_size=192,
+            vocab_size=98,
+        ),
+    ),  # in whole blocks of 64, which weights as inputs take
     "llama-rope-llama3": ("Llama", dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=LLAMA3)),
     "llama-rope-linear": (
         "Llama",
@@ -80,6 +91,17 @@ CONFIGS = {
             eos_token_id=2,
             original_max_position_embeddings=64,
             rope_parameters=LONG,
+        ),
+    ),
+    "phi3-even": (
+        "Phi3",
+        dict(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            hidden_size=128,
+            intermediate_size=256,
+            pad_token_id=0,
+            eos_token_id=2,
         ),
     ),
     "gemma3": (

@@ -61,7 +61,7 @@ def test_an_engine_knows_what_it_was_built_for(engine, package):
     assert opened.spec == open_package(package).spec and opened.flavor == "rtx"
     assert opened.package_path == package.resolve()
     assert opened.manifest["lowerings"] == ["static_capacity"] and opened.manifest["flags"] == []
-    assert opened.manifest["format_version"] == 3 and opened.debug_tensors == []
+    assert opened.manifest["format_version"] == 4 and opened.debug_tensors == []
     assert opened.manifest["limits"] == {"workspace": None, "tactic_shared_memory": None}
     assert opened.manifest["runtime"] == {"kernel_specialization": "NONE"}
     assert not (opened.stripped or opened.refittable or opened.streams or opened.version_compatible)
@@ -511,7 +511,7 @@ def _limited(function, resource):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 3"),
+        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 4"),
         (lambda m: m.update(format="llmtrt-package"), "expected format 'llmtrt-engine', found 'llmtrt-package'"),
         (lambda m: m.update(format="other"), "not an engine's manifest"),
         (lambda m: m.update(capacity=-1), "capacity should be a positive integer, but is -1"),
@@ -523,6 +523,9 @@ def _limited(function, resource):
         (lambda m: m.pop("profiles"), "'profiles' should be a JSON array"),
         (lambda m: m["files"].pop("engine.plan"), "'files' should list engine.plan"),
         (lambda m: m["files"].pop("greedy.plan"), "'files' should list greedy.plan"),
+        (lambda m: m.update(one_row=[1]), "'one_row' should be a JSON object or null"),
+        (lambda m: m.update(one_row={"profile": {}}), "'files' should list decode.plan"),
+        (lambda m: m.update(weight_inputs={"w": [0, 1]}), "'files' should list weights.bin"),
         (lambda m: m.pop("runtime"), "'runtime' should be a JSON object"),
         (lambda m: m.update(debug_tensors={}), "'debug_tensors' should be a JSON array"),
         (lambda m: m["memory"].update(activations=[]), "'memory' should hold sizes in bytes"),

@@ -1,5 +1,6 @@
 """Lowerings against the canonical form: the same numbers on ONNX Runtime, and engines where that form gives none."""
 
+import families
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,8 +11,13 @@ from llmtrt.engine.flavor import choose
 from llmtrt.engine.logger import make_logger
 from llmtrt.engine.parse import parse
 from llmtrt.errors import UserError
+from llmtrt.graph import packed
 from llmtrt.graph.lowering import Lowering, Target, lower
 from llmtrt.graph.lowerings import LOWERINGS
+from llmtrt.graph.lowerings.weight_inputs import weight_of
+from llmtrt.graph.structure import load_graph
+from llmtrt.quantization.pipeline import quantize
+from llmtrt.quantization.recipe import Recipe
 
 CAPACITY = 48
 TARGET = Target("rtx", frozenset(), CAPACITY)
@@ -178,3 +184,96 @@ def test_a_lowering_is_applied_only_where_it_says_so():
     ]
     assert lower(attention_model("float16", 4, 2, 8), TARGET, lowerings)[1] == ["small"]
     assert not seen
+
+
+def package_graph(name: str, folder, recipe):
+    package = quantize(families.save(name, folder / "checkpoint"), folder / "package", recipe).package
+    return package, load_graph(package)
+
+
+def step_of(spec, rows: int, capacity: int, context: int) -> dict:
+    """``rows`` tokens from position 200 on, behind a cache of which ``context`` rows are in sight."""
+    rng = np.random.default_rng(3)
+    feeds = {
+        "input_ids": rng.integers(0, spec.vocab_size, (1, rows)),
+        "positions": 200 + np.arange(rows)[None],
+        "logits_index": np.array([[rows - 1]]),
+        "kv_range": np.arange(context),
+    }
+    shape = (1, spec.kv_heads, capacity, spec.head_dim)
+    for layer in range(spec.layers):
+        for which in ("key", "value"):
+            feeds[f"past_{which}_{layer}"] = rng.standard_normal(shape, np.float32).astype(spec.kv_dtype)
+    return feeds
+
+
+def run_in(folder, model: ir.Model, feeds: dict) -> list[np.ndarray]:
+    """As ``run``, for a graph whose weights lie in ``folder``, or are given to its inputs."""
+    import onnxruntime as ort
+
+    given = {value.name: weight_of(value) for value in model.graph.inputs if weight_of(value) is not None}
+    feeds = feeds | {name: tensor.numpy() for name, tensor in given.items()}
+    path = folder / "lowered.onnx"
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    path.unlink()
+    return session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
+
+
+@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows"])
+@pytest.mark.parametrize(
+    "name, recipe, tolerance",
+    [
+        ("llama-even", Recipe("rtn", 64, "float32"), 1e-5),
+        ("llama-even", Recipe("rtn", 64, "float16", lm_head="int4"), 1e-2),
+        ("llama-even", Recipe("rtn", 64, "float32", embedding="int8", lm_head="int8"), 1e-5),
+        ("phi3-even", Recipe("rtn", 128, "float32"), 1e-5),
+        ("mistral-sliding", Recipe("none", dtype="float32"), 1e-5),
+        ("gemma3", Recipe("none", dtype="float32"), 1e-5),
+        ("qwen3", Recipe("none"), 1e-2),
+    ],
+)
+def test_weights_as_inputs_have_the_canonical_numbers(name, recipe, tolerance, one_row, tmp_path):
+    package, model = package_graph(name, tmp_path, recipe)
+    lowered, names = lower(model, Target("rtx", frozenset(), 512, "inputs", one_row))
+    assert "weight_inputs" in names and ("split_attention" in names) == one_row
+    kinds = {node.op_type for node in lowered.graph}
+    assert "MatMulNBits" not in kinds and not (one_row and "Attention" in kinds)
+    left = [value.const_value.nbytes for value in lowered.graph.initializers.values()]
+    assert max(left) <= 4 * max(package.spec.vocab_size, 512)  # vectors
+    feeds = step_of(package.spec, 1 if one_row else 5, 512, 256)
+    (logits, *caches), (wanted, *wanted_caches) = (run_in(package.path, each, feeds) for each in (lowered, model))
+    assert wanted.std() > 0.01
+    for ours, expected in zip((logits, *caches), (wanted, *wanted_caches), strict=True):
+        assert np.abs(ours.astype(np.float64) - expected).max() <= tolerance * np.ptp(expected.astype(np.float64))
+
+
+@pytest.mark.parametrize("k, block", [(128, 64), (192, 64), (64, 64), (256, 128), (384, 128), (512, 256)])
+def test_packed_weights_are_the_matrix(k, block):
+    """The layout read as its description says, in float64."""
+    rng, columns = np.random.default_rng(k), (6, 4)
+    matrices, expected = [], []
+    for n in columns:
+        q = rng.integers(-8, 8, (k, n)).astype(np.int8)
+        q[:4, :4] = [[-8, -8, 7, 7], [7, -8, 7, -8], [0, -1, 1, 0], [-8, 7, -7, 1]]
+        scale = rng.uniform(0.01, 1, (k // block, n)).astype(np.float16)
+        nibbles = (q & 15).astype(np.uint8).reshape(-1)
+        tensor = ir.PackedTensor(nibbles[::2] | nibbles[1::2] << 4, ir.DataType.INT4, shape=ir.Shape(q.shape))
+        matrices.append(packed.Matrix(tensor, ir.tensor(scale), block))
+        expected.append((q * np.repeat(scale.astype(np.float64), block, 0)).T)
+    v, scale, scale_hi = (tensor.numpy().astype(np.float64) for tensor in packed.arrays("w", matrices).values())
+    assert v.shape == (10, -(-k // 128), 64) and scale.shape == scale_hi.shape == (10, -(-k // 128), 1)
+    hi = np.floor(v / 16)
+    found = np.stack([(v - 16 * hi - 8) * scale, hi * scale_hi], 2).reshape(10, -1)
+    assert np.array_equal(found[:, :k], np.concatenate(expected)) and not found[:, k:].any()
+
+
+def test_a_matrix_that_cannot_be_packed_is_named(tmp_path):
+    package, model = package_graph("mistral", tmp_path, Recipe("rtn", 16, "float32"))
+    with pytest.raises(
+        UserError, match=r"q_proj.weight \[48, 64\] in blocks of 16 cannot be an input: .*--weights plan"
+    ):
+        lower(model, Target("rtx", frozenset(), 512, "inputs"))

@@ -298,12 +298,12 @@ def engine(fp32, tmp_path, monkeypatch):
         (folder / name).write_bytes(b"plan")
     digests = {path.name: files.digest_file(path) for path in folder.iterdir()}
     manifest = {
-        "format": "llmtrt-engine", "format_version": 3, "files": digests, "generation": {},
+        "format": "llmtrt-engine", "format_version": 4, "files": digests, "generation": {},
         "model": fp32.spec.to_json(),
         "package": {"path": str(fp32.path), "sha256": fp32.digest}, "flavor": {"name": "rtx", "version": "1.6.1"},
         "compute_capabilities": [], "profiles": [], "lowerings": [], "flags": [],
         "runtime": {}, "debug_tensors": [],
-        "weight_inputs": {}, "memory": {"weights": None, "activations": None, "largest_weight": 0},
+        "weight_inputs": {}, "one_row": None, "memory": {"weights": None, "activations": None, "largest_weight": 0},
         "max_batch": 2, "max_seq": 128, "chunk": 64, "capacity": 192, "check_rows": 16,
     }  # fmt: skip
     files.write_json(folder / "manifest.json", manifest)

@@ -66,6 +66,7 @@ def make_engine(folder: Path, package: Package, *flags: str, **package_fields) -
         "profiles": [],
         "debug_tensors": [],
         "weight_inputs": {},
+        "one_row": None,
         "memory": {"weights": 5, "activations": [7, 8], "largest_weight": 9},
         "max_batch": 2,
         "max_seq": MAX_SEQ,

@@ -16,10 +16,11 @@ import onnx_ir as ir
 
 from llmtrt.engine.build import build
 from llmtrt.engine.gpu import Gpus
-from llmtrt.engine.manifest import GREEDY, PLAN, SAMPLER, open_engine
+from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, WEIGHTS, open_engine
 from llmtrt.errors import UserError
 from llmtrt.graph.expose import expose
-from llmtrt.graph.lowering import lower
+from llmtrt.graph.lowering import Target, lower
+from llmtrt.graph.lowerings.weight_inputs import weight_of
 from llmtrt.graph.structure import load_graph
 from llmtrt.package import open_package
 from llmtrt.quantization.pipeline import quantize
@@ -329,49 +330,59 @@ def test_a_plan_without_weights_is_filled_from_its_package(stripped, machine, re
     session.close()
 
 
-@pytest.fixture(scope="module")
-def with_inputs(tmp_path_factory):
-    """An engine of a calibrated-looking INT4 package whose plan has no weights, built where there is no GPU."""
+@pytest.fixture(scope="module", params=["inputs", "both"])
+def with_inputs(request, tmp_path_factory):
+    """An engine of an INT4 package whose plans, or the one for steps of one row, take weights as inputs."""
     folder = tmp_path_factory.mktemp("inputs")
-    recipe = Recipe("rtn", 16, "float32", embedding="int8", lm_head="int8")
-    quantize(families.save("mistral", folder / "checkpoint"), folder / "package", recipe)
-    return build(folder / "package", folder / "engine", max_batch=3, max_seq=40, chunk=CHUNK, weights="inputs").engine
+    recipe = Recipe("rtn", 64, "float32", embedding="int8", lm_head="int8")
+    quantize(families.save("llama-even", folder / "checkpoint"), folder / "package", recipe)
+    options = {"max_batch": 3, "max_seq": 40, "chunk": CHUNK, "weights": request.param}
+    return build(folder / "package", folder / "engine", **options).engine
 
 
-def test_weights_are_bound_where_the_package_was_copied_to(with_inputs, machine):
+def test_weights_are_bound_where_they_were_copied_to(with_inputs, machine):
     package = open_package(with_inputs.package_path)
     expected = OrtSession(package, threads=1, accuracy_level=1, chunk=CHUNK)
     cuda, trt = machine(engine=with_inputs)
     session = TrtSession(with_inputs)
     for name, params in ASKED.items():
         assert tokens(session, PROMPTS, params) == tokens(expected, PROMPTS, params), name
-    stored = (package.path / "model.onnx.data").read_bytes()
-    matrices = {
-        name: value.const_value.tobytes()
-        for name, value in load_graph(package).graph.initializers.items()
-        if value.shape.rank() > 1 and not name.startswith("constant/")
-    }
-    taken = with_inputs.weight_inputs
-    assert {name: stored[start : start + size] for name, (start, size) in taken.items()} == matrices
-    assert len(taken) == 3 * 2 * 7 + 3  # values and scales; the head's scale is a vector
-    whole = sum(length for _, length in taken.values())
+    together, alone = ({shapes["input_ids"] for shapes in trt.runs_of(plan)} for plan in (PLAN, DECODE))
+    assert together >= {(2, 1), (3, 1)} and alone == {(1, 1)} and (1, 1) not in together
+    whole = sum(length for _, length in with_inputs.weight_inputs.values())
     assert session.memory().measured.weights >= whole
     assert session.memory().predicted.weights == with_inputs.weight_bytes >= whole
     session.close()
     assert not cuda.live
-    with pytest.raises(UserError, match="takes the weights of the package it was built from alone"):
+    with pytest.raises(UserError, match="has its weights beside the plan and takes no others"):
         TrtSession(with_inputs, package=package)
     assert not cuda.live
 
 
+def test_what_lies_beside_the_plans_is_what_their_graphs_take(with_inputs):
+    canonical, capacity = load_graph(open_package(with_inputs.package_path)), with_inputs.capacity
+    content, taken = (with_inputs.path / WEIGHTS).read_bytes(), with_inputs.weight_inputs
+    for one_row in (True, False):
+        model, _ = lower(canonical, Target("rtx", frozenset(), capacity, "inputs", one_row))
+        given = {value.name: weight_of(value) for value in model.graph.inputs if weight_of(value) is not None}
+        assert given.keys() == taken.keys() and len(given) == 3 * 4 * 3 + 3  # q, k, v together, and gate and up
+        for name, weight in given.items():
+            start, length = taken[name]
+            assert start % 4096 == 0 and content[start : start + length] == weight.tobytes()
+    assert taken.keys() >= {"model.layers.1.mlp.gate_proj.weight+model.layers.1.mlp.up_proj.weight.bytes"}
+
+
 def test_weights_that_are_not_there_are_told(with_inputs, machine, tmp_path):
     machine(engine=with_inputs)
-    with pytest.raises(UserError, match="holds no weights, and the package .* is not at .* put it back there$"):
-        TrtSession(dataclasses.replace(with_inputs, package_path=None))
-    folder = shutil.copytree(with_inputs.package_path, tmp_path / "package")
-    os.truncate(folder / "model.onnx.data", 1000)
-    with pytest.raises(UserError, match=r"model.onnx.data ends before the weight .*make the package anew"):
-        TrtSession(dataclasses.replace(with_inputs, package_path=folder), verify=False)
+    folder = shutil.copytree(with_inputs.path, tmp_path / "engine")
+    os.truncate(folder / WEIGHTS, 1000)
+    with pytest.raises(UserError, match=r"weights.bin has 1000 bytes instead of"):
+        open_engine(folder)
+    with pytest.raises(UserError, match=r"weights.bin ends before the weight .*make it anew"):
+        TrtSession(open_engine(folder, verify=False))
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=r"weights.bin"):
+        open_engine(folder)
 
 
 def test_a_plan_that_cannot_be_filled_says_why(stripped, machine):

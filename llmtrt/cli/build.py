@@ -37,9 +37,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights",
-        choices=("plan", "inputs"),
+        choices=("plan", "inputs", "both"),
         default="plan",
-        help="inputs: they stay in the package, for a plan of a few MB that needs no GPU to build (default: plan)",
+        help="where they are: inputs: in a file beside the plans, of which one is for steps of one row and one for all "
+        "others; both: there for steps of one row, and once more in the plan for all others (default: plan)",
     )
     parser.add_argument(
         "--version-compatible",
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
     import json
 
     from llmtrt import build, progress
+    from llmtrt.engine.manifest import DECODE, PLAN
 
     with progress.shown("building") as report:
         built = build(
@@ -110,10 +112,12 @@ def run(options: argparse.Namespace) -> None:
             )
         )
         return
+    plans = [size["bytes"] for name, size in engine.manifest["files"].items() if name in (PLAN, DECODE)]
+    size = " and ".join(f"{bytes / 1e6:.1f}" for bytes in sorted(plans, reverse=True))
     lowered = f", lowered: {', '.join(engine.manifest['lowerings'])}" if engine.manifest["lowerings"] else ""
     print(
-        f"{options.output}: TensorRT {engine.flavor} {engine.flavor_version}, plan of "
-        f"{engine.manifest['files'][engine.plan.name]['bytes'] / 1e6:.1f} MB, up to {engine.max_batch} sequences of "
+        f"{options.output}: TensorRT {engine.flavor} {engine.flavor_version}, plan of {size} MB, up to "
+        f"{engine.max_batch} sequences of "
         f"{engine.max_seq} tokens, built in {built.seconds:.0f} s with {built.peak_host_bytes / 1e9:.1f} GB of host memory"
         f"{lowered}"
     )

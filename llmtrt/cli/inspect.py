@@ -133,6 +133,11 @@ def _engine_rows(manifest: dict):
     yield "flavor", f"TensorRT {flavor['name']} {flavor['version']}, compute capability: {targets}"
     yield "flags", ", ".join(manifest["flags"]) or "none"
     yield "lowerings", ", ".join(manifest["lowerings"]) or "none"
+    if manifest["one_row"]:
+        yield "lowerings for one row", ", ".join(manifest["one_row"]["lowerings"])
+    if manifest["weight_inputs"]:
+        size = sum(length for _, length in manifest["weight_inputs"].values())
+        yield "weights as inputs", f"{len(manifest['weight_inputs'])} of {size / 1e6:.2f} MB"
     if kinds := manifest["runtime"].get("kernel_specialization"):
         yield "kernel specialization", kinds
     limits = [f"{name.replace('_', ' ')} {size} bytes" for name, size in manifest["limits"].items() if size is not None]

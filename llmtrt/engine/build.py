@@ -14,10 +14,10 @@ from llmtrt import files
 from llmtrt.checkpoints.tokenizer_files import FILES as TOKENIZER_FILES
 from llmtrt.engine.flavor import Flavor, choose
 from llmtrt.engine.gpu import find_gpus
-from llmtrt.engine.manifest import ENGINE, GREEDY, PLAN, REFIT_GRAPH, SAMPLER, Engine, open_engine
-from llmtrt.engine.options import BuildOptions
+from llmtrt.engine.manifest import DECODE, ENGINE, GREEDY, PLAN, REFIT_GRAPH, SAMPLER, WEIGHTS, Engine, open_engine
+from llmtrt.engine.options import CONTEXT_STEP, BuildOptions
 from llmtrt.engine.plan import PlanMemory, build_plan
-from llmtrt.engine.profiles import Profile, decoder_profiles, sampler_profiles
+from llmtrt.engine.profiles import Profile, decoder_profiles, one_row_profile, sampler_profiles
 from llmtrt.errors import UserError
 from llmtrt.manifest import write_manifest
 from llmtrt.package import Package, open_package
@@ -77,8 +77,9 @@ def build(
     ``kernel_specialization`` (LAZY, EAGER, NONE; TensorRT-RTX): how kernels are chosen for shapes when it runs, kept in
     the manifest. ``workspace``, ``tactic_shared_memory``: bytes that a kernel may use of GPU memory and of a
     multiprocessor's shared memory. ``timing_cache``: a file of measured tactics, read if it exists and rewritten.
-    ``debug_tensors``: patterns of values that become outputs, for ``llmtrt debug``. ``weights``: "plan", or "inputs": they
-    stay in the package, from where they are copied to the GPU when the engine is loaded, which needs no GPU to build.
+    ``debug_tensors``: patterns of values that become outputs, for ``llmtrt debug``. ``weights``: "plan"; "inputs": they lie
+    in a file of the engine that is copied to the GPU when it is loaded, in a layout for steps of one row, which have a plan
+    of their own; "both": those are for that plan alone, and the plan for all else has its own.
 
     Raises UserError, with nothing written, for a flavor that is missing, a flavor or a flag that needs a GPU where there
     is none, a graph that TensorRT refuses (naming the nodes), a failed build (with TensorRT's reason) and a full disk.
@@ -112,7 +113,7 @@ def build(
     package = open_package(package_path, verify)
     options = options.resolved(trt, package.spec.max_seq)
     with files.staged_folder(output) as folder:
-        made = _build_decoder(trt, package, options, folder, report)
+        made = _build_decoders(trt, package, options, folder, report)
         _build_samplers(trt, package, options, folder)
         for name in TOKENIZER_FILES:
             if name in package.manifest["files"]:
@@ -124,7 +125,9 @@ def build(
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class _Decoders:
+    """The plan of all steps, and the one for steps of one row (None: there is none)."""
+
     profiles: list[Profile]
     memory: PlanMemory
     lowerings: list[str]
@@ -132,17 +135,31 @@ class _Decoder:
     structure: str
     largest_weight: int  # bytes
     weight_inputs: dict[str, tuple[int, int]]
+    one_row: tuple[Profile, PlanMemory, list[str]] | None
+
+    @property
+    def weights(self) -> int | None:
+        """Bytes in the plans; None where the flavor does not say."""
+        said = [self.memory.weights, *([self.one_row[1].weights] if self.one_row else [])]
+        return None if None in said else sum(said)
 
 
-def _build_decoder(flavor: Flavor, package: Package, options: BuildOptions, folder: Path, report: Report) -> _Decoder:
+def _build_decoders(flavor: Flavor, package: Package, options: BuildOptions, folder: Path, report: Report) -> _Decoders:
     import onnx_ir as ir
 
+    from llmtrt.engine.weight_file import write_weights
     from llmtrt.graph.expose import expose
-    from llmtrt.graph.lowerings.weights_as_inputs import weight_inputs
     from llmtrt.graph.structure import load_graph, structure_digest, weights
 
     canonical = load_graph(package)
-    structure, stored = structure_digest(canonical), weight_inputs(canonical)
+    structure = structure_digest(canonical)
+    taken, one_row = {}, None
+    if options.weights != "plan":
+        model, lowerings = _lowered(package, canonical, flavor, options, one_row=True)
+        taken = write_weights(model, folder / WEIGHTS, report)
+        graph, profile = ir.to_proto(model).SerializeToString(), partial(one_row_profile, options=options)
+        (profile,), memory = build_plan(flavor, graph, package.graph, profile, options, folder / DECODE, report)
+        one_row = profile, memory, lowerings
     model, lowerings = _lowered(package, canonical, flavor, options)
     shown = expose(model, options.debug_tensors)
     graph = ir.to_proto(model).SerializeToString()  # its weights stay in the package's file
@@ -161,9 +178,7 @@ def _build_decoder(flavor: Flavor, package: Package, options: BuildOptions, fold
     if refits:
         (folder / REFIT_GRAPH).write_bytes(graph)
     largest = max((tensor.nbytes for tensor in initializers.values()), default=0)
-    inputs = {value.name for value in model.graph.inputs}
-    taken = {name: (tensor.offset, tensor.nbytes) for name, tensor in stored.items() if name in inputs}
-    return _Decoder(profiles, memory, lowerings, shown, structure, largest, taken)
+    return _Decoders(profiles, memory, lowerings, shown, structure, largest, taken, one_row)
 
 
 def _build_samplers(flavor: Flavor, package: Package, options: BuildOptions, folder: Path) -> None:
@@ -182,13 +197,16 @@ def _build_samplers(flavor: Flavor, package: Package, options: BuildOptions, fol
 
 
 def _lowered(
-    package: Package, model: "ir.Model", flavor: Flavor, options: BuildOptions
+    package: Package, model: "ir.Model", flavor: Flavor, options: BuildOptions, one_row: bool = False
 ) -> tuple["ir.Model", list[str]]:
     """The graph in the form that ``flavor`` takes; UserError where the linter knows that it would be refused or misread."""
     from llmtrt.graph.lowering import Target, lower
 
     _lint(package, model, lowered=False)  # lowerings are written for graphs that keep to the contract
-    model, names = lower(model, Target(flavor.name, flavor.capabilities, options.capacity, options.weights))
+    weights = "inputs" if one_row or options.weights == "inputs" else "plan"
+    model, names = lower(
+        model, Target(flavor.name, flavor.capabilities, options.capacity, weights, one_row, CONTEXT_STEP)
+    )
     _lint(package, model, lowered=True)
     return model, names
 
@@ -208,7 +226,7 @@ def _lint(package: Package, model: "ir.Model", lowered: bool) -> None:
 
 
 def _write_manifest(
-    folder: Path, output: Path, flavor: Flavor, package: Package, options: BuildOptions, made: _Decoder
+    folder: Path, output: Path, flavor: Flavor, package: Package, options: BuildOptions, made: _Decoders
 ) -> None:
     specializes = flavor.can("kernel_specialization")
     fields = {
@@ -219,10 +237,11 @@ def _write_manifest(
         "lowerings": made.lowerings,
         "runtime": {"kernel_specialization": options.kernel_specialization} if specializes else {},
         "profiles": [profile.to_json() for profile in made.profiles],
+        "one_row": {"profile": made.one_row[0].to_json(), "lowerings": made.one_row[2]} if made.one_row else None,
         "debug_tensors": made.debug_tensors,
         "weight_inputs": made.weight_inputs,
         "memory": {
-            "weights": made.memory.weights,
+            "weights": made.weights,
             "activations": None if made.memory.activations is None else list(made.memory.activations),
             "largest_weight": made.largest_weight,
         },

@@ -1,6 +1,7 @@
 """The engine: the folder that `llmtrt build` writes, bound to one TensorRT flavor and version.
 
 engine.plan  greedy.plan  sampler.plan  tokenizer.json  tokenizer_config.json  chat_template.jinja  manifest.json
+and of plans that take weights as inputs: decode.plan  weights.bin
 """
 
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from pathlib import Path
 from llmtrt import files
 from llmtrt.errors import UserError
 from llmtrt.manifest import MANIFEST, Kind, read_manifest
-from llmtrt.package import WEIGHTS, ModelSpec
+from llmtrt.package import WEIGHTS as PACKAGE_WEIGHTS
+from llmtrt.package import ModelSpec
 
-ENGINE = Kind("llmtrt-engine", 3, "an engine", "llmtrt build PACKAGE -o ENGINE")
-PLAN = "engine.plan"
+ENGINE = Kind("llmtrt-engine", 4, "an engine", "llmtrt build PACKAGE -o ENGINE")
+PLAN, DECODE = "engine.plan", "decode.plan"  # of every step; of one row of one sequence alone, where there is one
+WEIGHTS = "weights.bin"  # what the plans take as inputs
 GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
 REFIT_GRAPH = "graph.onnx"  # of a plan that can be refitted: what it was built from, without weights
 _SIZES = ("max_batch", "max_seq", "chunk", "capacity", "check_rows")
@@ -69,24 +72,24 @@ class Engine:
         return self.manifest["debug_tensors"]
 
     @property
+    def plans(self) -> tuple[str, ...]:
+        """The files that TensorRT loads."""
+        return (PLAN, *([DECODE] if self.manifest["one_row"] else []), GREEDY, SAMPLER)
+
+    @property
     def weight_inputs(self) -> dict[str, tuple[int, int]]:
-        """Of each weight that the plan takes as an input, where it begins in the package's file of weights and its bytes."""
+        """Of each weight that a plan takes as an input, where it begins in the file WEIGHTS and its bytes."""
         return {name: (start, length) for name, (start, length) in self.manifest["weight_inputs"].items()}
 
     @property
     def weight_bytes(self) -> int:
         """GPU memory for all weights: what the builder said, or else the size of the files that hold them."""
-        if self.weight_inputs:
-            return sum(length for _, length in self.weight_inputs.values()) + (
-                self.manifest["memory"].get("weights") or 0
-            )
         said = self.manifest["memory"].get("weights")
-        if said is not None and not self.stripped:
-            return said
-        size = self.plan.stat().st_size
+        if said is None or self.stripped:
+            said = sum((self.path / name).stat().st_size for name in self.plans if name not in (GREEDY, SAMPLER))
         if self.stripped and self.package_path is not None:
-            size += (self.package_path / WEIGHTS).stat().st_size
-        return size
+            said += (self.package_path / PACKAGE_WEIGHTS).stat().st_size
+        return said + sum(length for _, length in self.weight_inputs.values())
 
     @property
     def streaming_scratch_bytes(self) -> int:
@@ -173,7 +176,11 @@ def _check(manifest: dict, where: Path) -> None:
             f"{where}: capacity {manifest['capacity']} is less than max_seq {manifest['max_seq']} + chunk "
             f"{manifest['chunk']}: make the engine anew with `llmtrt build`"
         )
-    if missing := [name for name in (PLAN, GREEDY, SAMPLER) if name not in manifest["files"]]:
+    if not isinstance(manifest.get("one_row"), dict | None):
+        raise UserError(f"{where}: 'one_row' should be a JSON object or null: make the engine anew with `llmtrt build`")
+    expected = [PLAN, GREEDY, SAMPLER, *([DECODE] if manifest["one_row"] else [])]
+    expected += [WEIGHTS] if manifest["weight_inputs"] else []
+    if missing := [name for name in expected if name not in manifest["files"]]:
         raise UserError(f"{where}: 'files' should list {missing[0]}: make the engine anew with `llmtrt build`")
     texts = [manifest["flavor"].get("name"), manifest["flavor"].get("version"), *manifest["compute_capabilities"]]
     texts += [*manifest["flags"], *manifest["debug_tensors"], manifest["runtime"].get("kernel_specialization", "")]

@@ -8,8 +8,12 @@ from llmtrt.engine.gpu import find_gpus
 from llmtrt.errors import UserError
 
 REFITS = ("identical", "any")
-WEIGHTS = ("plan", "inputs")
+WEIGHTS = ("plan", "inputs", "both")
 CHECK_ROWS = 16
+CONTEXT_STEP = (
+    256  # rows of the cache that a step sees are a multiple of it, and where a plan needs that so is the capacity
+)
+_ALIGNED_ROWS = 16  # so many rows end where TensorRT lets the next sequence's begin
 # LAZY swaps kernels while a person waits, and with them the last bits of every number; EAGER compiles for every new
 # shape. NONE is the same kernels always.
 KERNEL_SPECIALIZATION = "NONE"
@@ -45,9 +49,9 @@ class BuildOptions:
 
     @property
     def capacity(self) -> int:
-        """Rows of the KV cache of one sequence: ``max_seq``, and a chunk whose padding is written past it; a multiple of 16,
-        so that each sequence's begins where TensorRT lets a tensor begin."""
-        return -(-(self.max_seq + self.chunk) // 16) * 16
+        """Rows of the KV cache of one sequence: ``max_seq``, and a chunk whose padding is written past it, rounded up."""
+        step = _ALIGNED_ROWS if self.weights == "plan" else CONTEXT_STEP
+        return -(-(self.max_seq + self.chunk) // step) * step
 
     def resolved(self, flavor: Flavor, max_seq: int) -> "BuildOptions":
         """The same with sizes, targets and flags settled for ``flavor`` and a package of ``max_seq`` tokens.
@@ -93,10 +97,14 @@ def _check_specialization(flavor: Flavor, name: str) -> None:
 
 def _check_weights(options: BuildOptions) -> None:
     if options.weights not in WEIGHTS:
-        raise UserError(f"--weights should be {' or '.join(WEIGHTS)}, but is {options.weights!r}")
+        raise UserError(f"--weights should be {', '.join(WEIGHTS)}, but is {options.weights!r}")
     others = {"--strip": options.strip, "--refit": options.refit, "--weight-streaming": options.weight_streaming}
-    if options.weights == "inputs" and (given := [flag for flag, on in others.items() if on]):
-        raise UserError(f"--weights inputs leaves no weight in the plan for {', '.join(given)}: leave one of them out")
+    others |= {"--debug-tensors": options.debug_tensors}
+    if options.weights != "plan" and (given := [flag for flag, on in others.items() if on]):
+        raise UserError(
+            f"--weights {options.weights} has weights outside of the plan, and {', '.join(given)} needs all inside: leave "
+            "one of them out"
+        )
 
 
 def _flags(flavor: Flavor, options: BuildOptions) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmtrt.engine.flavor import Flavor
-from llmtrt.engine.options import BuildOptions
+from llmtrt.engine.options import CONTEXT_STEP, BuildOptions
 from llmtrt.errors import UserError
 
 Shape = tuple[int, ...]
@@ -38,6 +38,13 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Pr
             "prefill", {name: _shapes(name, shape, batch, rows, wanted, context) for name, shape in inputs.items()}
         ),
     ]
+
+
+def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
+    """One profile, of which L alone is free, in steps of what the capacity is a multiple of."""
+    opt = min(options.capacity, -(-options.opt_context // CONTEXT_STEP) * CONTEXT_STEP)
+    shapes = {name: ((CONTEXT_STEP,), (opt,), (options.capacity,)) for name, shape in inputs.items() if -1 in shape}
+    return [Profile("one row", shapes)]
 
 
 def sampler_profiles(inputs: dict[str, Shape], options: BuildOptions, rows: int = 1) -> list[Profile]:

@@ -9,12 +9,16 @@ import onnx_ir as ir
 @dataclass(frozen=True)
 class Target:
     """What a lowering may look at besides the model: ``flavor`` and ``capabilities`` of llmtrt.engine.flavor.Flavor, the
-    ``capacity`` of the KV cache in rows per sequence, and where ``weights`` are to be: in the "plan", or its "inputs"."""
+    ``capacity`` of the KV cache in rows per sequence, where ``weights`` are to be, in the "plan" or its "inputs", and
+    whether the graph is for ``one_row`` of one sequence, a decode step, alone; of such a graph capacity and context are
+    multiples of ``context_step`` rows."""
 
     flavor: str
     capabilities: frozenset[str]
     capacity: int
     weights: str = "plan"
+    one_row: bool = False
+    context_step: int = 256
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from llmtrt.engine.flavor import choose_for
 from llmtrt.engine.gpu import Gpu, find_gpus, free_bytes
 from llmtrt.engine.load import deserialize, make_runtime
 from llmtrt.engine.logger import make_logger
-from llmtrt.engine.manifest import GREEDY, PLAN, SAMPLER, Engine
-from llmtrt.engine.refit import own_package, refit
+from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, Engine
+from llmtrt.engine.options import CONTEXT_STEP
+from llmtrt.engine.refit import refit
 from llmtrt.errors import UserError
 from llmtrt.package import Package
 from llmtrt.runtime.context import Context, Settings
@@ -25,7 +26,7 @@ from llmtrt.runtime.streaming import WeightBudget
 from llmtrt.runtime.weight_inputs import WeightInputs
 
 _DECODE, _PREFILL = 0, 1  # profiles of the engine
-_SMALLEST_CONTEXT = 256  # the KV range is rounded up to powers of two from here on: each length is a shape of its own
+_SMALLEST_CONTEXT = CONTEXT_STEP
 _INPUTS = ("input_ids", "positions", "logits_index")
 _CHOSEN = ("tokens", "next_ids", "next_positions")
 _NOTHING = Region(0, 0)
@@ -37,7 +38,8 @@ class TrtSession:
 
     Contexts for prefill, for decode (S = K = 1) and for the sampler (one for each number of slots and context bucket, as a
     captured CUDA graph needs its own) share the weights, the KV cache, which each layer updates in place, and one block of
-    activation memory, since no two of them run at the same time.
+    activation memory, since no two of them run at the same time. A step of one slot has a plan of its own where the engine
+    has one.
 
     ``package``: fills a plan without weights, or one that takes any, instead of the package it was built from.
     ``allocation``: "user" (one block for all, as large as the shapes in use need), "profile" or "static" (TensorRT
@@ -266,7 +268,7 @@ class TrtSession:
     ) -> None:
         flavor, logger, cuda = self._flavor, self._logger, self._cuda
         self._runtime = make_runtime(flavor, logger, engine, trust_host_code)
-        for name in (PLAN, GREEDY, SAMPLER):
+        for name in engine.plans:
             streams = engine.streams and name == PLAN
             self._engines[name] = deserialize(flavor, self._runtime, engine.path / name, logger, streams)
             key = engine.manifest["files"][name]["sha256"], flavor.version, gpu.name, gpu.compute_capability, gpu.driver
@@ -275,10 +277,10 @@ class TrtSession:
         if engine.weight_inputs:
             if package is not None:
                 raise UserError(
-                    f"{self._path} takes the weights of the package it was built from alone: leave --package out, or build "
-                    "an engine from that package"
+                    f"{self._path} has its weights beside the plan and takes no others: leave --package out, or build an "
+                    "engine from that package"
                 )
-            self._weights = WeightInputs(engine, own_package(engine, verify), cuda)
+            self._weights = WeightInputs(engine, cuda)
         elif engine.stripped or package is not None:
             refit(flavor, decoder, engine, logger, verify, package=package)
         if engine.streams:
@@ -331,7 +333,8 @@ class TrtSession:
 
     def _decoder(self, batch: int, bucket: int) -> Context:
         """The decode context for ``batch`` slots and a bucket; its inputs are those of the ``DecodeState``."""
-        context = self._context(PLAN, _DECODE, batch, bucket)
+        plan = DECODE if batch == 1 and DECODE in self._engines else PLAN
+        context = self._context(plan, _DECODE, batch, bucket)
         return self._prepared(context, 0, (batch, 1, 1, bucket), self._state.places())
 
     def _require_reserved(self, first: int, batch: int, rows: int, last: int) -> None:
@@ -409,7 +412,8 @@ class TrtSession:
         return context.set_shapes(named | {"kv_range": (length,)} | self._kv.shapes(batch))
 
     def _bucket(self, length: int) -> int:
-        """The rows of cache that a step sees whose last position is ``length`` − 1."""
+        """The rows of cache that a step sees whose last position is ``length`` − 1: a power of two or the capacity, as each
+        is a shape of its own."""
         bucket = _SMALLEST_CONTEXT
         while bucket < length:
             bucket *= 2
@@ -423,7 +427,9 @@ class TrtSession:
         samplers = [(GREEDY, slots), (SAMPLER, slots)]
         if self._streaming_scratch:
             samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
+        alone = [self._context(DECODE, _DECODE, 1, length)] if DECODE in self._engines else []
         activations = max(
+            *(self._shape(context, (1, 1, 1, length)) for context in alone),
             self._shape(self._context(PLAN, _DECODE, slots, length), (slots, 1, 1, length)),
             self._shape(self._context(PLAN, _PREFILL), (1, min(self.chunk, max_seq), 1, length)),
             self._shape(

@@ -1,5 +1,11 @@
 """Every lowering, in the order in which they apply."""
 
-from llmtrt.graph.lowerings import decomposed_attention, static_capacity, weights_as_inputs
+from llmtrt.graph.lowerings import decomposed_attention, one_row, split_attention, static_capacity, weight_inputs
 
-LOWERINGS = (static_capacity.LOWERING, decomposed_attention.LOWERING, weights_as_inputs.LOWERING)
+LOWERINGS = (
+    static_capacity.LOWERING,
+    one_row.LOWERING,
+    split_attention.LOWERING,
+    decomposed_attention.LOWERING,
+    weight_inputs.LOWERING,
+)

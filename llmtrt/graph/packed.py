@@ -1,0 +1,101 @@
+"""INT4 weights as two numbers a byte, in the layout whose one-row product TensorRT compiles into its fastest kernel.
+
+    bytes  INT8 [N, K' / 128, 64]   byte j of a block has w[j] and w[j + 64]: v = 16 · hi + lo + 8, hi = ⌊v / 16⌋
+    scale, scale_hi [N, K' / 128, 1]   lo's and hi's, also where both are of one block of 128: one form serves all
+
+K' is K rounded up to whole blocks of 128, with zeros. tools/search_projection.py measured this among other layouts.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+BYTES, SCALE, SCALE_HI = ".bytes", ".scale", ".scale_hi"  # endings of the names of the three
+SPAN, HALF = 128, 64
+_COLUMNS = 2048  # packed at a time, to bound memory
+_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One INT4 matrix of a package: ``q`` [K, N] and ``scale`` [K / block, N]."""
+
+    q: ir.TensorProtocol
+    scale: ir.TensorProtocol
+    block: int
+
+    @property
+    def k(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def n(self) -> int:
+        return self.q.shape[1]
+
+
+def can_pack(matrix: Matrix) -> bool:
+    """Whether the layout has room for its scales and pairs of columns."""
+    return matrix.block % HALF == 0 and matrix.n % 2 == 0
+
+
+def spans(k: int) -> int:
+    """The blocks of 128 of K rows."""
+    return -(-k // SPAN)
+
+
+def arrays(name: str, matrices: Sequence[Matrix]) -> dict[str, ir.LazyTensor]:
+    """The tensors of ``matrices``, which have the same K and block, with their rows N one below the other; each is packed
+    when it is asked for."""
+    n, count, kind = sum(matrix.n for matrix in matrices), spans(matrices[0].k), matrices[0].scale.dtype
+
+    def lazy(
+        ending: str, make: Callable[[Matrix], np.ndarray], dtype: ir.DataType, last: int
+    ) -> tuple[str, ir.LazyTensor]:
+        def stacked() -> ir.TensorProtocol:
+            return ir.Tensor(np.concatenate([make(matrix) for matrix in matrices]), dtype=dtype)
+
+        shape = ir.Shape((n, count, last))
+        return name + ending, ir.LazyTensor(stacked, dtype=dtype, shape=shape, name=name + ending)
+
+    return dict(
+        [
+            lazy(BYTES, pack_bytes, ir.DataType.INT8, HALF),
+            lazy(SCALE, partial(pack_scale, half=0), kind, 1),
+            lazy(SCALE_HI, partial(pack_scale, half=1), kind, 1),
+        ]
+    )
+
+
+def pack_bytes(matrix: Matrix) -> np.ndarray:
+    """INT8 [N, K' / 128, 64] of ``matrix``."""
+    k, n = matrix.k, matrix.n
+    pairs = np.frombuffer(matrix.q.tobytes(), np.uint8).reshape(k, n // 2)
+    found = np.empty((n, spans(k), HALF), np.uint8)
+
+    def pack(start: int) -> None:
+        part = np.zeros((spans(k) * SPAN, min(_COLUMNS, n // 2 - start)), np.uint8)
+        part[:k] = pairs[:, start : start + _COLUMNS] ^ 0x88  # each half plus 8
+        blocks = part.reshape(spans(k), 2, HALF, -1)
+        if k % SPAN:
+            part[k:] = 0x88
+        lo, hi = blocks[:, 0], blocks[:, 1]
+        # 16 · hi + lo + 8 as a signed byte: the upper half without, the lower one with 8 added
+        columns = np.stack([(hi << 4) | (lo & 15), (hi & 0xF0) | (lo >> 4)], -1) ^ 0x80
+        columns = columns.reshape(spans(k), HALF, -1)
+        found[2 * start : 2 * start + columns.shape[2]] = columns.transpose(2, 0, 1)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(pack, range(0, n // 2, _COLUMNS)))
+    return found.view(np.int8)
+
+
+def pack_scale(matrix: Matrix, half: int) -> np.ndarray:
+    """The scales [N, K' / 128, 1] of the lower (0) or upper (1) half of each block of 128."""
+    scale = matrix.scale.numpy()
+    at = np.arange(spans(matrix.k)) * SPAN + half * HALF
+    rows = np.minimum(at // matrix.block, len(scale) - 1)  # behind the end there are zeros, whatever their scale
+    return np.ascontiguousarray(scale[rows].T)[..., None]
