@@ -144,7 +144,7 @@ def test_chunked_batches_equal_onnxruntime(engine, machine, reference, monkeypat
     assert {run["input_ids"][1] for run in decode} == {1}
     assert {run["input_ids"][1] for run in prefill} >= {CHUNK}
     ranges = {run["kv_range"][0] for run in decode + prefill}
-    assert ranges == ({8, 16, 32, engine.capacity} if smallest == 8 else {engine.capacity})
+    assert ranges == ({8, 16, 24, 32, 40} if smallest == 8 else {engine.capacity})
     session.close()
     session.close()
     assert not cuda.live and not cuda.streams
@@ -523,7 +523,7 @@ def test_the_device_chooses_what_the_host_would(engine, machine, reference, monk
     assert seen["sampled", 3][0][0] != seen["greedy", 3][0][0]
     assert seen["sampled", 3][0] == seen["sampled", 1][0]  # a seed's tokens are the same beside others
     assert seen["greedy", 3] == [(each[0][:12], each[1]) for each in seen["greedy", 3]]
-    assert {run["kv_range"][0] for run in trt.runs_of(PLAN)} == ({8, 16, 32, 48} if smallest == 8 else {48})
+    assert {run["kv_range"][0] for run in trt.runs_of(PLAN)} == ({8, 16, 24, 32, 40} if smallest == 8 else {48})
     assert (cuda.calls["cudaGraphLaunch"] > 100) == graphs
     session.close()
     assert not cuda.live and not cuda.streams
@@ -618,6 +618,28 @@ def test_a_step_of_another_batch_size_between_does_not_break_a_graph(engine, mac
     session.close()
 
 
+@pytest.mark.parametrize(
+    "length, rows",
+    [
+        (1, 256),
+        (256, 256),
+        (257, 512),
+        (2048, 2048),
+        (2049, 2304),
+        (4097, 4608),
+        (8192, 8192),
+        (8193, 9216),
+        (9300, 9999),
+    ],
+)
+def test_a_step_sees_an_eighth_too_much_at_most(engine, machine, length, rows):
+    machine()
+    session = TrtSession(engine)
+    session._capacity = 9999
+    assert session._bucket(length) == rows
+    session.close()
+
+
 def test_graphs_are_as_many_as_slots_buckets_and_samplers(engine, machine, monkeypatch):
     monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", 8)
     cuda, trt = machine()
@@ -629,9 +651,9 @@ def test_graphs_are_as_many_as_slots_buckets_and_samplers(engine, machine, monke
         ):
             for copies in (2, 1):
                 tokens(session, [PROMPTS[0]] * copies, [dataclasses.replace(params, ignore_eos=True)] * copies)
-    # 8, 16, 32 and 48 rows of one or two slots and either sampler; a first token comes from the prefill.
-    assert cuda.most_executables == len(cuda.executables) == 4 * 2 * 2
-    assert len(trt.contexts) == 4 * 2 + 1 + 2 * 2
+    # 8, 16, 24, 32 and 40 rows of one or two slots and either sampler; a first token comes from the prefill.
+    assert cuda.most_executables == len(cuda.executables) == 5 * 2 * 2
+    assert len(trt.contexts) == 6 * 2 + 1 + 2 * 2  # 48 rows are what is reserved
     session.close()
 
 

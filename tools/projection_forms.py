@@ -6,6 +6,7 @@ puts into a graph. Bytes are v = 16 · hi + lo + 8, so that hi = ⌊v / 16⌋ an
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from llmtrt.graph.builder import GraphBuilder
 
 BLOCK = 128
-HALF = ir.DataType.FLOAT16
+HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 Arrays = dict[str, np.ndarray]  # by what each is: bytes, scale, …
 Values = dict[str, ir.Value]
 
@@ -180,6 +181,97 @@ def write_whole(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int)
         return g.cast(sums, single, HALF)
 
     return _rows(g, x, m, one)
+
+
+def _apart(g: GraphBuilder, x: ir.Value, mix: np.ndarray, dtype: ir.DataType) -> ir.Value:
+    """Σ mix[i, j] · x[…, j, …] over the second axis of x [b, J, L], in ``dtype`` [b, I, L], as a kernel of its own.
+
+    What computes x would otherwise be computed again for every row of a matrix that it is multiplied with: TensorRT fuses
+    everything into a reduction but another reduction, unless that is over fewer than 8.
+    """
+    copies = -(-8 // mix.shape[1])
+    factors = np.concatenate([mix] + [np.zeros_like(mix)] * (copies - 1), 1)[None, :, :, None]
+    x = g.op("Concat", *[g.op("Unsqueeze", g.cast(x, HALF, dtype), g.constant([1]))] * copies, axis=2)
+    return g.op("ReduceSum", g.op("Mul", x, g.constant(factors, dtype.numpy())), g.constant([2]), keepdims=0)
+
+
+def pack_spans(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """As ``pack_blocks``, the scale [N, K / 128, 1]: an Unsqueeze of it keeps TensorRT from loading vectors."""
+    blocks = pack_blocks(q, scale)
+    return blocks | {"scale": blocks["scale"][..., None]}
+
+
+def _integer(g: GraphBuilder, t: ir.Value, dtype: ir.DataType, how: str) -> ir.Value:
+    """hi of T = v / 16 = hi + (lo + 8) / 16. "floor", or "added": by adding what leaves no bits for a fraction."""
+    if how == "floor":
+        return g.op("Floor", t)
+    huge = g.constant(1.5 * 2 ** (23 if dtype == FLOAT else 10), dtype.numpy())
+    near = g.op("Sub", t, g.constant(15 / 32, dtype.numpy()))
+    return g.op("Sub", g.op("Add", near, huge), huge)
+
+
+def write_spans(parts: int, dtype: ir.DataType, how: str = "floor", offset: bool = True) -> Callable:
+    """T = v / 16, hi = ⌊T⌋, and Σ s · (T · 16 x_a + hi · (x_b − 16 x_a) − 8 x_a) in fp32, which loses nothing where the two
+    cancel. ``dtype`` of T and hi, which hold few bits; ``parts`` of a block are summed before the reduction; without
+    ``offset``, T less a half instead of the 8 x_a."""
+    mix = np.array([[16, 0], [-16, 1], [-8, 0]], np.float32)[: 3 if offset else 2]
+
+    def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+        t = g.op("DequantizeLinear", w["bytes"], g.constant(1 / 16, dtype.numpy()))
+        hi = _integer(g, t, dtype, how)
+        if not offset:
+            t = g.op("Sub", t, g.constant(0.5, dtype.numpy()))
+        width = BLOCK // 2 // parts
+        t, hi = (g.op("Reshape", each, g.constant([n, k // BLOCK, parts, width])) for each in (t, hi))
+
+        def one(row: ir.Value) -> ir.Value:
+            halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, BLOCK // 2]))
+            factors = g.op("Reshape", _apart(g, halves, mix, FLOAT), g.constant([k // BLOCK, len(mix), parts, width]))
+            sums = []
+            for part in range(parts):
+                p, *least = (_part(g, _part(g, factors, 1, index), 1, part) for index in reversed(range(len(mix))))
+                a, b = (least[1], least[0]) if offset else (least[0], p)
+                terms = [(t, a), (hi, b)]
+                if not offset:
+                    p = g.op("Mul", g.cast(_part(g, hi, 2, part), dtype, FLOAT), b)
+                    terms = terms[:1]
+                for each, factor in terms:
+                    p = g.op("Add", g.op("Mul", g.cast(_part(g, each, 2, part), dtype, FLOAT), factor), p)
+                sums.append(p)
+            p = g.op("Mul", reduce(partial(g.op, "Add"), sums), g.cast(w["scale"], HALF, FLOAT))
+            return g.cast(g.op("ReduceSum", p, g.constant([1, 2]), keepdims=0), FLOAT, HALF)
+
+        return _rows(g, x, m, one)
+
+    return write
+
+
+def write_spans_half(parts: int) -> Callable:
+    """In fp16 up to the reduction, so that factors take half as much of the L1 cache; with lo / 16 = T − hi − 1/2 itself, as
+    the difference of large products would lose bits."""
+
+    def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+        t = g.op("DequantizeLinear", w["bytes"], g.constant(1 / 16, np.float16))
+        hi = g.op("Floor", t)
+        lo = g.op("Sub", g.op("Sub", t, hi), g.constant(0.5, np.float16))
+        width = BLOCK // 2 // parts
+        lo, hi = (g.op("Reshape", each, g.constant([n, k // BLOCK, parts, width])) for each in (lo, hi))
+
+        def one(row: ir.Value) -> ir.Value:
+            halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, BLOCK // 2]))
+            mix = np.array([[16, 0], [0, 1]], np.float32)
+            factors = g.op("Reshape", _apart(g, halves, mix, HALF), g.constant([k // BLOCK, 2, parts, width]))
+            sums = [
+                g.op("Mul", _part(g, each, 2, part), _part(g, _part(g, factors, 1, index), 1, part))
+                for part in range(parts)
+                for index, each in enumerate((lo, hi))
+            ]
+            p = g.op("Mul", reduce(partial(g.op, "Add"), sums), w["scale"])
+            return g.op("ReduceSum", p, g.constant([1, 2]), keepdims=0)
+
+        return _rows(g, x, m, one)
+
+    return write
 
 
 def write_together(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
@@ -366,6 +458,7 @@ def write_native_column_sum(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: 
 
 
 FEW = (1, 2, 4)
+SOME = (1, 2, 4, 8, 16)
 MANY = (16, 64, 512, 2048)
 NATIVE = (1, 2, 4, 8, *MANY)
 FORMS = {
@@ -380,6 +473,17 @@ FORMS = {
     "blocks, rounded by adding": Form(pack_blocks, write_blocks(True, 1, _split_added), FEW, rounds=True),
     "blocks, rounded by adding, scale last": Form(pack_blocks, write_blocks(False, 1, _split_added), rounds=True),
     "blocks, whole bytes": Form(pack_blocks, write_whole),
+    **{
+        f"spans, {parts} parts, {name}": Form(pack_spans, write_spans(parts, *how), SOME if parts == 2 else (1,))
+        for parts in (1, 2, 4)
+        for name, how in {
+            "half": (HALF,),
+            "float": (FLOAT,),
+            "float, added": (FLOAT, "added"),
+            "float, no offset": (FLOAT, "floor", False),
+        }.items()
+    },
+    **{f"spans, {parts} parts, all half": Form(pack_spans, write_spans_half(parts), SOME) for parts in (1, 2, 4)},
     "blocks, split 2": Form(pack_blocks, write_blocks(True, 2)),
     "blocks, split 4": Form(pack_blocks, write_blocks(True, 4)),
     "blocks, rows together": Form(pack_blocks, write_together, (2, 4, 8)),

@@ -82,6 +82,29 @@ def split(size: int, sums: str) -> Write:
     return write
 
 
+def whole(size: int | None) -> Write:
+    """One softmax over all rows; the values' product in splits of ``size``, or not."""
+
+    def write(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, seen: ir.Value, length: ir.Value) -> ir.Value:
+        bounds = (g.constant([0]), length, g.constant([1]))
+        k = g.op("Slice", g.op("Reshape", k, g.constant([KV_HEADS, -1, DIM])), *bounds)
+        q = g.op("Mul", g.op("Reshape", q, g.constant([KV_HEADS, GROUP, 1, DIM])), g.constant(SCALE, np.float16))
+        p = g.op("Mul", g.op("Unsqueeze", k, g.constant([1])), q)
+        scores = g.cast(g.op("ReduceSum", p, g.constant([3]), keepdims=0), HALF, FLOAT)  # [Hkv, G, L]
+        scores = g.op("Where", seen, scores, g.constant(HIDDEN, np.float32))
+        weights = g.cast(g.op("Softmax", scores, axis=-1), FLOAT, HALF)
+        if size is None:
+            v = g.op("Slice", g.op("Reshape", v, g.constant([KV_HEADS, -1, DIM])), *bounds)
+            return g.op("Reshape", g.op("MatMul", weights, v), g.constant([1, HEADS, 1, DIM]))
+        bounds = (g.constant([0]), g.op("Div", length, g.constant([size])), g.constant([1]))
+        v = g.op("Slice", g.op("Reshape", v, g.constant([KV_HEADS, -1, size, DIM])), *bounds)
+        weights = g.op("Reshape", weights, g.constant([KV_HEADS, GROUP, -1, size]))
+        parts = g.op("MatMul", g.op("Transpose", weights, perm=[0, 2, 1, 3]), v)  # [Hkv, splits, G, D]
+        return g.op("Reshape", g.op("ReduceSum", parts, g.constant([1]), keepdims=0), g.constant([1, HEADS, 1, DIM]))
+
+    return write
+
+
 FORMS: dict[str, Write] = {
     "native": native,
     "folded": folded,
@@ -93,6 +116,8 @@ FORMS: dict[str, Write] = {
     "split 128, scores by sums": split(128, "qk"),
     "split 256, scores by sums": split(256, "qk"),
     "split 64, values by sums": split(64, "pv"),
+    "one softmax": whole(None),
+    **{f"one softmax, values split {size}": whole(size) for size in (64, 128, 256)},
 }
 
 

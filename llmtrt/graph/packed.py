@@ -1,7 +1,7 @@
 """INT4 weights as two numbers a byte, in the layout whose one-row product TensorRT compiles into its fastest kernel.
 
     bytes  INT8 [N, K' / 128, 64]   byte j of a block has w[j] and w[j + 64]: v = 16 · hi + lo + 8, hi = ⌊v / 16⌋
-    scale, scale_hi [N, K' / 128, 1]   lo's and hi's, also where both are of one block of 128: one form serves all
+    scale  [N, K' / 128, 1]         of the block; where blocks have 64, of lo, and scale_hi that of hi
 
 K' is K rounded up to whole blocks of 128, with zeros. tools/search_projection.py measured this among other layouts.
 """
@@ -61,13 +61,10 @@ def arrays(name: str, matrices: Sequence[Matrix]) -> dict[str, ir.LazyTensor]:
         shape = ir.Shape((n, count, last))
         return name + ending, ir.LazyTensor(stacked, dtype=dtype, shape=shape, name=name + ending)
 
-    return dict(
-        [
-            lazy(BYTES, pack_bytes, ir.DataType.INT8, HALF),
-            lazy(SCALE, partial(pack_scale, half=0), kind, 1),
-            lazy(SCALE_HI, partial(pack_scale, half=1), kind, 1),
-        ]
-    )
+    found = [lazy(BYTES, pack_bytes, ir.DataType.INT8, HALF), lazy(SCALE, partial(pack_scale, half=0), kind, 1)]
+    if matrices[0].block < SPAN:
+        found.append(lazy(SCALE_HI, partial(pack_scale, half=1), kind, 1))
+    return dict(found)
 
 
 def pack_bytes(matrix: Matrix) -> np.ndarray:

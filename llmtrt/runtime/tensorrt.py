@@ -412,12 +412,12 @@ class TrtSession:
         return context.set_shapes(named | {"kv_range": (length,)} | self._kv.shapes(batch))
 
     def _bucket(self, length: int) -> int:
-        """The rows of cache that a step sees whose last position is ``length`` − 1: a power of two or the capacity, as each
-        is a shape of its own."""
-        bucket = _SMALLEST_CONTEXT
-        while bucket < length:
-            bucket *= 2
-        return min(bucket, self._capacity)
+        """The rows of cache that a step sees whose last position is ``length`` − 1. Each is a shape of its own, with a graph
+        of its own, so there are eight between a power of two and the next: a step sees an eighth too much at most."""
+        step = _SMALLEST_CONTEXT
+        while 16 * step < length:
+            step *= 2
+        return min(-(-length // step) * step, self._capacity)
 
     def _take_activations(self, slots: int, max_seq: int) -> None:
         """Takes what ``slots`` sequences need of memory for activations; UserError, before anything is allocated, if that,

@@ -5,6 +5,7 @@ one matrix; the others stay as they are. Each input says by ``weight_of`` what i
 """
 
 from collections import defaultdict
+from functools import partial, reduce
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,9 @@ from llmtrt.graph.lowering import Lowering, Target
 from llmtrt.graph.packed import HALF, SPAN, Matrix
 from llmtrt.graph.rewrite import Rewrite
 
+_FLOAT = ir.DataType.FLOAT
+_PARTS = 2  # of a block's bytes that are summed before the reduction
+_LEAST_REDUCTION = 8
 _WEIGHT = "llmtrt.weight"  # in the metadata of an input: the tensor that it is to be given
 
 
@@ -91,14 +95,6 @@ def _pack(model: ir.Model, group: list[tuple[ir.Node, str, Matrix]], one_row: bo
         part.name, part.type, part.shape = name, kind, shape
 
 
-def _halves(new: Rewrite, weights: dict[str, ir.Value], dtype: ir.DataType) -> list[ir.Value]:
-    """The lower and the upper halves of the bytes as numbers, times their scales: [N, K' / 128, 64] each."""
-    v = new.op("DequantizeLinear", weights["bytes"], new.scalar(1, dtype))
-    hi = new.op("Floor", new.op("Mul", v, new.scalar(1 / 16, dtype)))
-    lo = new.op("Sub", new.op("Sub", v, new.op("Mul", hi, new.scalar(16, dtype))), new.scalar(8, dtype))
-    return [new.op("Mul", lo, weights["scale"]), new.op("Mul", hi, weights["scale_hi"])]
-
-
 def _padded(new: Rewrite, x: ir.Value, k: int, *lead: int) -> ir.Value:
     """x [..., K] as [*lead, K' / 128, 2, 64]."""
     x = new.op("Reshape", x, new.ints(*lead, k))
@@ -108,27 +104,69 @@ def _padded(new: Rewrite, x: ir.Value, k: int, *lead: int) -> ir.Value:
     return new.op("Reshape", x, new.ints(*lead, packed.spans(k), 2, HALF))
 
 
+def _take(new: Rewrite, x: ir.Value, axis: int, index: int) -> ir.Value:
+    return new.op("Gather", x, new.constant(np.array(index)), axis=axis)
+
+
 def _row(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
-    """x [1, 1, K] → [1, 1, N], one sum over all of K: TensorRT compiles it into one kernel that reads the bytes once."""
-    dtype = weights["scale"].dtype
-    parts = _padded(new, x, k)
-    products = [
-        new.op("Mul", half, new.op("Gather", parts, new.constant(np.array(index)), axis=1))
-        for index, half in enumerate(_halves(new, weights, dtype))
-    ]
-    y = new.op("ReduceSum", new.op("Add", *products), new.ints(1, 2), keepdims=0)
+    """x [1, 1, K] → [1, 1, N] in one reduction over all of K, which TensorRT compiles into one kernel.
+
+    With T = v / 16 = hi + (lo + 8) / 16, the sum of lo · x_a + hi · x_b is that of T · 16 x_a + hi · (x_b − 16 x_a) − 8 x_a:
+    few instructions a byte, which the kernel's time goes by (tools/search_projection.py). It is computed in fp32, as the
+    first two nearly cancel. With a scale for each of lo and hi it is (T − hi) · 16 x_a − 8 x_a and hi · x_b.
+    """
+    dtype, b, width = weights["scale"].dtype, packed.spans(k), HALF // _PARTS
+    apart = "scale_hi" in weights
+    t = new.op("DequantizeLinear", weights["bytes"], new.scalar(1 / 16, _FLOAT))
+    hi = new.op("Floor", t)
+    lo = new.op("Sub", t, hi) if apart else t
+    lo, hi = (new.op("Reshape", each, new.ints(n, b, _PARTS, width)) for each in (lo, hi))
+    mix = np.array([[16, 0], [0 if apart else -16, 1], [-8, 0]], np.float32)
+    factors = _by_itself(new, new.cast(_padded(new, x, k), _FLOAT), mix)
+    factors = new.op("Reshape", factors, new.ints(b, len(mix), _PARTS, width))
+    lows, highs = [], []
+    for part in range(_PARTS):
+        a, c, offset = (_take(new, _take(new, factors, 1, index), 1, part) for index in range(len(mix)))
+        lows.append(new.op("Add", new.op("Mul", _take(new, lo, 2, part), a), offset))
+        highs.append(new.op("Mul", _take(new, hi, 2, part), c))
+    add = partial(new.op, "Add")
+    if apart:
+        scaled = (
+            new.op("Mul", reduce(add, each), new.cast(weights[name], _FLOAT))
+            for each, name in ((lows, "scale"), (highs, "scale_hi"))
+        )
+        p = add(*scaled)
+    else:
+        p = new.op("Mul", reduce(add, map(add, lows, highs)), new.cast(weights["scale"], _FLOAT))
+    y = new.cast(new.op("ReduceSum", p, new.ints(1, 2), keepdims=0), dtype)
     return new.op("Reshape", y, new.ints(1, 1, n))
 
 
+def _by_itself(new: Rewrite, x: ir.Value, mix: np.ndarray) -> ir.Value:
+    """Σ mix[i, j] · x[:, j] of fp32 x [b, 2, 64]: [b, I, 64], in a kernel of its own.
+
+    What computes x would otherwise be computed again for every row of the matrix that it is multiplied with: TensorRT fuses
+    everything into a reduction but another reduction, and a sum of fewer than 8 it writes out (as the kernels show that a
+    plan of TensorRT-RTX 1.6 holds).
+    """
+    copies = _LEAST_REDUCTION // 2
+    factors = np.concatenate([mix] + [np.zeros_like(mix)] * (copies - 1), 1)[None, :, :, None]
+    x = new.op("Concat", *[new.op("Unsqueeze", x, new.ints(1))] * copies, axis=2)
+    return new.op("ReduceSum", new.op("Mul", x, new.constant(factors)), new.ints(2), keepdims=0)
+
+
 def _rows(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
-    """x [B, S, K] → [B, S, N]: the halves unpacked into a matrix each, for the columns of x that they are for."""
+    """x [B, S, K] → [B, S, N]: lo and hi unpacked into a matrix each, for the columns of x that they are for."""
     dtype = weights["scale"].dtype
     parts, columns = _padded(new, x, k, -1), packed.spans(k) * HALF
+    v = new.op("DequantizeLinear", weights["bytes"], new.scalar(1, dtype))
+    hi = new.op("Floor", new.op("Mul", v, new.scalar(1 / 16, dtype)))
+    lo = new.op("Sub", new.op("Sub", v, new.op("Mul", hi, new.scalar(16, dtype))), new.scalar(8, dtype))
     products = []
-    for index, half in enumerate(_halves(new, weights, dtype)):
-        part = new.op("Gather", parts, new.constant(np.array(index)), axis=2)
-        part = new.op("Reshape", part, new.ints(-1, columns))
-        products.append(new.op("Gemm", part, new.op("Reshape", half, new.ints(n, columns)), transB=1))
+    for index, (half, scale) in enumerate(((lo, "scale"), (hi, "scale_hi" if "scale_hi" in weights else "scale"))):
+        part = new.op("Reshape", _take(new, parts, 2, index), new.ints(-1, columns))
+        matrix = new.op("Reshape", new.op("Mul", half, weights[scale]), new.ints(n, columns))
+        products.append(new.op("Gemm", part, matrix, transB=1))
     shape = new.op("Concat", new.op("Shape", x, start=0, end=2), new.ints(n), axis=0)
     return new.op("Reshape", new.op("Add", *products), shape)
 
