@@ -49,6 +49,17 @@ CONFIGS = {
             vocab_size=98,
         ),
     ),  # in whole blocks of 64, which weights as inputs take
+    "llama-whole": (
+        "Llama",
+        dict(
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+            hidden_size=512,
+            intermediate_size=1024,
+            vocab_size=98,
+        ),
+    ),  # wide enough for TensorRT to choose the kernels that it has for real models
     "llama-rope-llama3": ("Llama", dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=LLAMA3)),
     "llama-rope-linear": (
         "Llama",

@@ -93,7 +93,7 @@ def test_transformers_gives_the_tokens_of_the_same_weights():
     import torch
     from transformers import AutoModelForCausalLM
 
-    peer, ids = Transformers(samples.stories260k()), torch.tensor([[1, 5, 9, 30]])
+    peer, ids = Transformers.read(samples.stories260k()), torch.tensor([[1, 5, 9, 30]])
     with torch.no_grad():
         ours = peer._model(ids).logits
         theirs = AutoModelForCausalLM.from_pretrained(samples.stories260k()).eval()(ids).logits

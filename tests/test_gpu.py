@@ -10,6 +10,7 @@ from llmtrt.engine.gpu import find_gpus
 from llmtrt.engine.manifest import open_engine
 from llmtrt.errors import UserError
 from llmtrt.package import open_package
+from llmtrt.quantization.recipe import Recipe
 from llmtrt.runtime.cuda import Cuda
 from llmtrt.runtime.llm import LLM
 from llmtrt.runtime.load import Loaded
@@ -37,6 +38,7 @@ PACKAGES = {
     "smollm2-int4": (samples.smollm2_gguf, "int4-g64", 1e-2, 0.02),
 }
 FAMILIES = ("mistral-sliding", "qwen3", "gemma3", "phi3-partial")
+EVEN = "llama-even"  # in INT4 whose weights can be inputs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +69,8 @@ def made(tmp_path_factory):
                 checkpoint = where()
             else:
                 families = pytest.importorskip("families", reason="needs torch and transformers")
-                checkpoint, recipe = families.save(name, folder / "checkpoint"), "fp16"
+                checkpoint = families.save(name, folder / "checkpoint")
+                recipe = Recipe("rtn", 64, lm_head="int4") if name == EVEN else "fp16"
             package = quantize(checkpoint, folder / "package", recipe).package
             max_seq = min(512, package.spec.max_seq)
             cache[name] = package, build(package.path, folder / "engine", max_batch=3, max_seq=max_seq, chunk=64).engine
@@ -204,21 +207,25 @@ def test_a_stripped_plan_is_small_and_filled_from_its_package(made, tmp_path, na
             session.close()
 
 
-@pytest.mark.parametrize("name", ["stories-int4", "smollm2-int4"])
-def test_weights_as_inputs_give_the_same(made, tmp_path, name):
-    """A plan without weights that needed no GPU to build, run from what the package's file holds."""
-    package, engine = made(name)
-    inputs = build(package.path, tmp_path / "engine", max_batch=3, max_seq=512, chunk=64, weights="inputs").engine
-    assert inputs.plan.stat().st_size < engine.plan.stat().st_size
-    prompt, sessions = tokens(package, 150), [TrtSession(each) for each in (inputs, engine)]
+@pytest.mark.parametrize("weights", ["inputs", "both"])
+@pytest.mark.parametrize("name", [EVEN, "smollm2-int4"])
+def test_weights_as_inputs_give_the_same(made, tmp_path, name, weights):
+    """Steps of one row by a plan of their own, other steps too, against the package on ONNX Runtime."""
+    package, _ = made(name)
+    max_seq = min(512, package.spec.max_seq)
+    engine = build(package.path, tmp_path / "engine", max_batch=3, max_seq=max_seq, chunk=64, weights=weights).engine
+    prompt = tokens(package, 150)
+    session, reference = TrtSession(engine), OrtSession(package, accuracy_level=1, chunk=64)
     try:
-        ours, whole = (np.concatenate([*logits_of(session, prompt, 64)]) for session in sessions)
-        print(f"{name}: {inputs.plan.stat().st_size / 1e6:.1f} MB, max difference {np.abs(ours - whole).max():.1e}")
-        assert np.abs(ours - whole).max() <= 1e-2 * np.ptp(whole)
-        assert greedy(sessions[0], [prompt[:12]]) == greedy(sessions[1], [prompt[:12]])
+        wanted = np.concatenate([*logits_of(reference, prompt, 64)])
+        for rows in (64, 1):  # in chunks, and every token by itself
+            ours = np.concatenate([*logits_of(session, prompt, rows)])
+            error, other = np.abs(ours - wanted).max() / np.ptp(wanted), (ours.argmax(1) != wanted.argmax(1)).mean()
+            print(f"{name}, {weights}, {rows} rows: error {error:.1e} of the range, {100 * other:.1f} % other top-1")
+            assert error <= 2e-2 and other <= 0.04
     finally:
-        for session in sessions:
-            session.close()
+        session.close()
+        reference.close()
 
 
 def on(session, engine, **options) -> LLM:
@@ -292,7 +299,8 @@ def test_drafts_change_no_token(made, params):
         assert [one.token_ids for one in fast.generate(prompts, asked)] == [
             one.token_ids for one in plain.generate(prompts, asked)
         ]
-    assert speculation.accepted > 0
+    # who shuns what was said before does not follow it
+    assert speculation.accepted > 0 or params.get("repetition_penalty", 1.0) > 1.0
 
 
 def test_a_stop_ends_the_tokens_where_the_host_would(made):

@@ -40,7 +40,7 @@ def told(speed: Speed) -> dict:
 def main() -> None:
     checkpoint, package, data = map(Path, sys.argv[1:4])
     torch.set_num_threads(2)
-    peer, weights, results = Transformers(checkpoint), weight_bytes(package), {}
+    peer, weights, results = Transformers.read(checkpoint), weight_bytes(package), {}
     with LLM(package, threads=2, max_batch=16) as llm:
         results["runtime"], results["peer"] = llm.runtime, peer.description
         results["copy_gb_per_s"] = round(host_bandwidth(2) / 1e9, 1)

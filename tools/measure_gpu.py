@@ -95,7 +95,7 @@ _BUILD = """
 import json, sys
 from llmtrt import build
 name, package, output, options = json.loads(sys.argv[1])
-built = build(package, output, max_seq=2048, verify=False, **options)
+built = build(package, output, verify=False, **{"max_seq": 2048} | options)
 print(json.dumps([name, round(built.seconds, 1), round(built.peak_host_bytes / 1e9, 2)]))
 """
 
@@ -402,6 +402,10 @@ def profile(llm: LLM, ids: list[int]) -> dict:
         "kernels_us": round(busy / steps, 1),
         "gaps_us": round((span - busy) / steps, 1),
         "kernels_per_token": round(len(inside) / steps, 1),
+        # a product rounds bytes down, or is TensorRT's own
+        "projections_us": round(
+            sum(sum(took) for name, took in names.items() if "Floo" in name or "dequant" in name) / steps, 1
+        ),
         "longest": {name: [round(sum(took) / steps, 1), round(len(took) / steps, 1)] for name, took in top},
     }
 
@@ -703,14 +707,16 @@ STAGES = {
 }
 
 
+def machine() -> dict[str, str]:
+    found, flavor = find_gpus(), choose(need="run")
+    about = {"gpu": found.gpus[0].name, "driver": found.driver, "cuda": found.cuda}
+    return about | {"tensorrt": f"{flavor.name} {flavor.version}"}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    found = find_gpus()
-    flavor = choose(need="run")
-    about = {"gpu": found.gpus[0].name, "driver": found.driver, "cuda": found.cuda}
-    about |= {"tensorrt": f"{flavor.name} {flavor.version}"}
-    failed = []
+    about, failed = machine(), []
     for stage in sys.argv[2:]:
         say("stage", stage)
         began = time.monotonic()

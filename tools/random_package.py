@@ -49,10 +49,11 @@ COMMON = {
 
 
 class RandomWeights:
-    """The graph writer's Weights: INT4 projections of standard deviation 0.02, plain vocabulary, norms of ones."""
+    """The graph writer's Weights: INT4 projections of standard deviation 0.02, plain vocabulary or (``int4_head``) a head in
+    INT4, norms of ones."""
 
-    def __init__(self, file: WeightFile, tied: bool, seed: int):
-        self._file, self.head_is_table = file, tied
+    def __init__(self, file: WeightFile, tied: bool, seed: int, int4_head: bool):
+        self._file, self.head_is_table, self._int4_head = file, tied and not int4_head, int4_head
         rng = np.random.default_rng(seed)
         self._bytes = rng.integers(0, 256, 1 << 24, np.uint8)
         self._normal = (rng.standard_normal(1 << 24, np.float32) * 0.02).astype(np.float16)
@@ -64,7 +65,7 @@ class RandomWeights:
         return np.resize(np.roll(source, shift), count)
 
     def linear(self, name: str, k: int, n: int) -> Int4 | Plain:
-        if name == "lm_head.weight":
+        if name == "lm_head.weight" and not self._int4_head:
             return self.table(name, n, k)
         q = self._file.append(name, self._draw(self._bytes, k * n // 2), ir.DataType.INT4, (k, n))
         scale = np.full((k // BLOCK, n), 0.02 / 4.6, np.float16)
@@ -80,12 +81,14 @@ class RandomWeights:
         return self._file.append(name, np.ones(length, NUMPY["float32" if dtype == ir.DataType.FLOAT else "float16"]))
 
 
-def write(folder: Path, shape: str, layers: int | None = None, seed: int = 0) -> packages.Package:
+def write(
+    folder: Path, shape: str, layers: int | None = None, seed: int = 0, int4_head: bool = False
+) -> packages.Package:
     config = COMMON | SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     decoder = decoder_of(config, shape, None, ())
     with staged_folder(folder) as staging:
         with WeightFile(staging, packages.WEIGHTS) as file:
-            model = write_decoder(decoder, RandomWeights(file, decoder.tied, seed), "float16")
+            model = write_decoder(decoder, RandomWeights(file, decoder.tied, seed, int4_head), "float16")
         ir.save(model, staging / packages.GRAPH)
         spec = packages.ModelSpec(
             decoder.family,
@@ -99,7 +102,7 @@ def write(folder: Path, shape: str, layers: int | None = None, seed: int = 0) ->
             config["bos_token_id"],
             (config["eos_token_id"],),
         )
-        source = {"shape": shape, "layers": len(decoder.layers), "seed": seed}
+        source = {"shape": shape, "layers": len(decoder.layers), "seed": seed, "int4_head": int4_head}
         fields = {"model": spec.to_json(), "generation": {}, "source": source, "recipe": {}, "quantization": {}}
         write_manifest(staging, packages.PACKAGE, fields)
     return packages.open_package(folder, verify=False)

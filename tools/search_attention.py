@@ -25,6 +25,7 @@ HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 8
 GROUP, SCALE = HEADS // KV_HEADS, DIM**-0.5
 HALF, FLOAT, INT64 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
 CASES = ((1024, 512), (1024, 1024), (8448, 2048), (8448, 8192), (33024, 512))  # capacity, rows that are seen
+STEP = 256  # rows that contexts are a multiple of
 HIDDEN = float(np.finfo(np.float16).min)
 Write = Callable[[GraphBuilder, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
 
@@ -82,25 +83,46 @@ def split(size: int, sums: str) -> Write:
     return write
 
 
-def whole(size: int | None) -> Write:
-    """One softmax over all rows; the values' product in splits of ``size``, or not."""
+def few(splits: int, sums_of_values: bool = False) -> Write:
+    """A fixed number of splits, a sum for each query head of a group: as llmtrt.graph.lowerings.split_attention.
+    ``sums_of_values``: no product of matrices, for which TensorRT copies the values."""
 
     def write(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, seen: ir.Value, length: ir.Value) -> ir.Value:
-        bounds = (g.constant([0]), length, g.constant([1]))
-        k = g.op("Slice", g.op("Reshape", k, g.constant([KV_HEADS, -1, DIM])), *bounds)
-        q = g.op("Mul", g.op("Reshape", q, g.constant([KV_HEADS, GROUP, 1, DIM])), g.constant(SCALE, np.float16))
-        p = g.op("Mul", g.op("Unsqueeze", k, g.constant([1])), q)
-        scores = g.cast(g.op("ReduceSum", p, g.constant([3]), keepdims=0), HALF, FLOAT)  # [Hkv, G, L]
-        scores = g.op("Where", seen, scores, g.constant(HIDDEN, np.float32))
-        weights = g.cast(g.op("Softmax", scores, axis=-1), FLOAT, HALF)
-        if size is None:
-            v = g.op("Slice", g.op("Reshape", v, g.constant([KV_HEADS, -1, DIM])), *bounds)
-            return g.op("Reshape", g.op("MatMul", weights, v), g.constant([1, HEADS, 1, DIM]))
-        bounds = (g.constant([0]), g.op("Div", length, g.constant([size])), g.constant([1]))
-        v = g.op("Slice", g.op("Reshape", v, g.constant([KV_HEADS, -1, size, DIM])), *bounds)
-        weights = g.op("Reshape", weights, g.constant([KV_HEADS, GROUP, -1, size]))
-        parts = g.op("MatMul", g.op("Transpose", weights, perm=[0, 2, 1, 3]), v)  # [Hkv, splits, G, D]
-        return g.op("Reshape", g.op("ReduceSum", parts, g.constant([1]), keepdims=0), g.constant([1, HEADS, 1, DIM]))
+        steps = g.op("Div", length, g.constant([STEP]))
+        rows = g.op("Mul", steps, g.constant([STEP // splits]))
+        bounds = (g.constant([0]), g.op("Mul", steps, g.constant([STEP])), g.constant([1]))
+        shape = g.op("Concat", g.constant([KV_HEADS, splits]), rows, g.constant([DIM]), axis=0)
+        k, v = (g.op("Slice", g.op("Reshape", x, g.constant([KV_HEADS, -1, DIM])), *bounds) for x in (k, v))
+        k, v = (g.op("Reshape", x, shape) for x in (k, v))
+        q = g.op("Mul", g.op("Reshape", q, g.constant([KV_HEADS, GROUP, 1, 1, DIM])), g.constant(SCALE, np.float16))
+        sums = [
+            g.op("ReduceSum", g.op("Mul", k, g.op("Gather", q, g.constant(i), axis=1)), g.constant([3]), keepdims=0)
+            for i in range(GROUP)
+        ]
+        scores = g.op("Concat", *(g.op("Unsqueeze", each, g.constant([2])) for each in sums), axis=2)
+        mask = g.op("Reshape", seen, g.op("Concat", g.constant([1, splits, 1]), rows, axis=0))
+        scores = g.op("Where", mask, g.cast(scores, HALF, FLOAT), g.constant(HIDDEN, np.float32))
+        highest = g.op("ReduceMax", scores, g.constant([3]), keepdims=1)
+        weights = g.op("Exp", g.op("Sub", scores, highest))
+        total = g.op("ReduceSum", weights, g.constant([3]), keepdims=1)
+        weights = g.cast(weights, FLOAT, HALF)
+        if sums_of_values:
+            sums = [
+                g.op(
+                    "ReduceSum",
+                    g.op("Mul", v, g.op("Unsqueeze", g.op("Gather", weights, g.constant(i), axis=2), g.constant([3]))),
+                    g.constant([2]),
+                    keepdims=0,
+                )
+                for i in range(GROUP)
+            ]
+            part = g.op("Concat", *(g.op("Unsqueeze", each, g.constant([2])) for each in sums), axis=2)
+        else:
+            part = g.op("MatMul", weights, v)
+        share = g.op("Exp", g.op("Sub", highest, g.op("ReduceMax", highest, g.constant([1]), keepdims=1)))
+        above = g.op("ReduceSum", g.op("Mul", g.cast(part, HALF, FLOAT), share), g.constant([1]), keepdims=0)
+        below = g.op("ReduceSum", g.op("Mul", total, share), g.constant([1]), keepdims=0)
+        return g.op("Reshape", g.cast(g.op("Div", above, below), FLOAT, HALF), g.constant([1, HEADS, 1, DIM]))
 
     return write
 
@@ -108,16 +130,13 @@ def whole(size: int | None) -> Write:
 FORMS: dict[str, Write] = {
     "native": native,
     "folded": folded,
-    "split 64": split(64, ""),
-    "split 128": split(128, ""),
-    "split 256": split(256, ""),
-    "split 64, sums": split(64, "qk pv"),
-    "split 128, sums": split(128, "qk pv"),
-    "split 128, scores by sums": split(128, "qk"),
-    "split 256, scores by sums": split(256, "qk"),
-    "split 64, values by sums": split(64, "pv"),
-    "one softmax": whole(None),
-    **{f"one softmax, values split {size}": whole(size) for size in (64, 128, 256)},
+    "splits of 64": split(64, ""),
+    "splits of 256": split(256, ""),
+    "splits of 128, scores by sums": split(128, "qk"),
+    "splits of 256, scores by sums": split(256, "qk"),
+    "splits of 64, values by sums": split(64, "pv"),
+    **{f"{splits} splits": few(splits) for splits in (2, 4, 16)},
+    **{f"{splits} splits, values by sums": few(splits, True) for splits in (4, 16, 32)},
 }
 
 

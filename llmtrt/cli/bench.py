@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
         bandwidth = device_bandwidth() if memory else host_bandwidth(options.threads)
         rows = [(runtime, speed) for speed in speeds]
         if options.vs:
-            peer = Transformers(Path(options.checkpoint))
+            peer = Transformers.read(Path(options.checkpoint))
             rows += [(peer.description, peer.measure(case, options.runs, report)) for case in asked]
     if options.json:
         result = {

@@ -13,24 +13,29 @@ from llmtrt.progress import Report, silent
 
 
 class Transformers:
-    """The checkpoint in ``path``: on a GPU in fp16 with a static cache, compiled; on the CPU in fp32.
+    """A model of transformers' own: on a GPU (in fp16) with a static cache, compiled; on the CPU in fp32."""
 
-    Raises UserError where torch or transformers is missing, or the checkpoint is none of transformers'.
-    """
-
-    def __init__(self, path: Path):
-        checkpoint = require_transformers(path)
+    def __init__(self, model: Any):
         import torch
         import transformers
 
-        self._torch = torch
-        self._on_gpu = torch.cuda.is_available()
-        dtype = torch.float16 if self._on_gpu else torch.float32
-        self._model = load_transformers(checkpoint, dtype)
-        if self._on_gpu:
-            self._model.cuda()
+        self._torch, self._model = torch, model
+        self._on_gpu = model.device.type == "cuda"
         kind = "fp16, static cache, compiled" if self._on_gpu else "fp32"
         self.description = f"transformers {transformers.__version__}, torch {torch.__version__}, {kind}"
+
+    @classmethod
+    def read(cls, path: Path) -> "Transformers":
+        """The checkpoint in ``path``, on the GPU where torch has one.
+
+        Raises UserError where torch or transformers is missing, or the checkpoint is none of transformers'.
+        """
+        checkpoint = require_transformers(path)
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        model = load_transformers(checkpoint, torch.float16 if on_gpu else torch.float32)
+        return cls(model.cuda() if on_gpu else model)
 
     def measure(self, case: Case, runs: int = 3, report: Report = silent) -> Speed:
         """As ``speed.measure``; tokens between the first and the last are not told apart, so all gaps are their mean. A

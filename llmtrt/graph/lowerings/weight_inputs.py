@@ -117,18 +117,17 @@ def _row(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int
     """
     dtype, b, width = weights["scale"].dtype, packed.spans(k), HALF // _PARTS
     apart = "scale_hi" in weights
-    t = new.op("DequantizeLinear", weights["bytes"], new.scalar(1 / 16, _FLOAT))
-    hi = new.op("Floor", t)
-    lo = new.op("Sub", t, hi) if apart else t
-    lo, hi = (new.op("Reshape", each, new.ints(n, b, _PARTS, width)) for each in (lo, hi))
+    bytes = new.op("Reshape", weights["bytes"], new.ints(n, b, _PARTS, width))
     mix = np.array([[16, 0], [0 if apart else -16, 1], [-8, 0]], np.float32)
     factors = _by_itself(new, new.cast(_padded(new, x, k), _FLOAT), mix)
     factors = new.op("Reshape", factors, new.ints(b, len(mix), _PARTS, width))
     lows, highs = [], []
     for part in range(_PARTS):
         a, c, offset = (_take(new, _take(new, factors, 1, index), 1, part) for index in range(len(mix)))
-        lows.append(new.op("Add", new.op("Mul", _take(new, lo, 2, part), a), offset))
-        highs.append(new.op("Mul", _take(new, hi, 2, part), c))
+        t = new.op("DequantizeLinear", _take(new, bytes, 2, part), new.scalar(1 / 16, _FLOAT))
+        hi = new.op("Floor", t)
+        lows.append(new.op("Add", new.op("Mul", new.op("Sub", t, hi) if apart else t, a), offset))
+        highs.append(new.op("Mul", hi, c))
     add = partial(new.op, "Add")
     if apart:
         scaled = (

@@ -1,0 +1,58 @@
+"""What TensorRT-RTX makes of a step of one row, read from the plan: why it is fast, which a GPU then has to show."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import families
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("tensorrt_rtx_bindings")
+
+from llmtrt.engine.build import _lowered
+from llmtrt.engine.flavor import choose
+from llmtrt.engine.options import BuildOptions
+from llmtrt.engine.plan import build_plan
+from llmtrt.engine.profiles import one_row_profile
+from llmtrt.graph.structure import load_graph
+from llmtrt.quantization.pipeline import quantize
+from llmtrt.quantization.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import plan_kernels
+
+LAYERS = families.SIZES["num_hidden_layers"]
+
+
+@pytest.fixture(scope="module", params=[64, 128])
+def plan(request, tmp_path_factory):
+    flavor = choose("rtx")
+    if not flavor.version.startswith("1.6."):
+        pytest.skip(f"the schedule is read from plans of TensorRT-RTX 1.6, this is {flavor.version}")
+    folder = tmp_path_factory.mktemp("plan")
+    recipe = Recipe("rtn", request.param)
+    package = quantize(families.save("llama-whole", folder / "checkpoint"), folder / "package", recipe).package
+    options = BuildOptions(max_seq=256, chunk=64, weights="inputs").resolved(flavor, package.spec.max_seq)
+    model, _ = _lowered(package, load_graph(package), flavor, options, one_row=True)
+    graph, profile = ir.to_proto(model).SerializeToString(), partial(one_row_profile, options=options)
+    build_plan(flavor, graph, package.graph, profile, options, folder / "decode.plan", lambda *_: None)
+    return (folder / "decode.plan").read_bytes()
+
+
+def test_a_layer_is_few_kernels(plan):
+    """Four products; scores, weights, values and their product, what puts them together; rotation and cache; two norms in
+    two kernels each, and the gate."""
+    kernels = plan_kernels.kernels(plan)
+    assert len(kernels) <= 15 * LAYERS + 5
+
+
+def test_products_read_vectors_and_compute_nothing_twice(plan):
+    """A product's kernel has the bytes' rounding down, and neither the norm's root nor the gate before it."""
+    products = [kernel for kernel in plan_kernels.kernels(plan) if "Floo" in kernel.name]
+    assert len(products) == 4 * LAYERS
+    for kernel in products:
+        assert kernel.vector == 8, kernel
+        source = plan_kernels.source(plan, kernel.name)
+        assert "__myln_floor" in source and source.count("vtype<__myln_int8,8,8>*)live_inouts") == 1
+        assert "__myln_sqrt" not in source and "__myln_exp" not in source

@@ -1,0 +1,146 @@
+"""Batch 1 on this machine's GPU, beside transformers in the same run: each stage writes benchmarks/gpu-decode-SHAPE-….json.
+
+python tools/measure_decode.py FOLDER {8b,1b} STAGE…     # FOLDER keeps packages and engines between calls
+
+build     random INT4 weights, the head's too: engines with them in the plan or as inputs, for short and long contexts
+speed     prompt 512, 128 new tokens: tokens/s, TTFT of 512 and 2,048 tokens, a token's time split by kernels; memory
+context   steps behind 512 and behind 8,192 tokens, in a cache of about 1,024 rows and in one of more than 32,768; prefill
+peer      transformers, fp16, static cache, compiled: the same prompt and tokens
+"""
+
+import gc
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import measure_gpu
+import numpy as np
+import provenance
+import random_package
+from measure_gpu import GREEDY, NEW, PROMPT, Peak, end_builds, engine_folder, load, profile, say, start_builds
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from llmtrt import LLM, SamplingParams  # noqa: E402
+from llmtrt.evaluate.speed import Case, measure  # noqa: E402
+
+LONG = 32768
+ENGINES = {
+    "plan": {"max_seq": 2560},
+    "inputs": {"max_seq": 2560, "weights": "inputs"},
+    "inputs, short": {"max_seq": 704, "weights": "inputs"},
+    "inputs, long": {"max_seq": LONG, "chunk": 2048, "weights": "inputs"},
+    "plan, 8192": {"max_seq": 8192 + 1024, "chunk": 2048},
+}
+
+
+def build(folder: Path, shape: str) -> dict:
+    package = random_package.write(folder / "package", shape, int4_head=True).path
+    say("package")
+    measure_gpu.VARIANTS |= ENGINES
+    return end_builds(start_builds(package, folder, {}, list(ENGINES)), package, folder)
+
+
+def rates(llm: LLM, case: Case, runs: int = 3) -> dict:
+    speed = measure(llm, case, runs=runs)
+    return {
+        "ttft_ms": round(1e3 * speed.ttft, 2),
+        "gap_p50_ms": round(1e3 * speed.gap_p50, 4),
+        "gap_p99_ms": round(1e3 * speed.gap_p99, 4),
+        "tokens_per_s": round(speed.tokens_per_second, 1),
+    }
+
+
+def ids_of(llm: LLM, count: int) -> list[int]:
+    return np.random.default_rng(0).integers(0, llm._session.spec.vocab_size, count).tolist()
+
+
+def speed(folder: Path, shape: str) -> dict:
+    results = {}
+    for name in ("plan", "inputs"):
+        with Peak() as peak:
+            llm, seconds = load(engine_folder(folder, name))
+            found = {"load_seconds": round(seconds, 2), **rates(llm, Case(PROMPT, NEW))}
+        found["ttft_2048_ms"] = rates(llm, Case(2048, 2))["ttft_ms"]
+        found["memory"] = llm.memory().to_json() | {"peak": peak.bytes}
+        ids = ids_of(llm, PROMPT)
+        found["greedy"] = llm.generate(ids, SamplingParams(max_tokens=16, **GREEDY)).token_ids
+        try:
+            found["profile"] = profile(llm, ids)
+        except Exception as error:  # noqa: BLE001 - the profiler is not the measured thing
+            found["profile"] = f"no profile: {error}"
+        say(name, found)
+        results[name] = found
+        llm.close()
+        gc.collect()
+    return results
+
+
+def context(folder: Path, shape: str) -> dict:
+    cases = {
+        "inputs, short": [Case(PROMPT, NEW)],
+        "inputs, long": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
+        "plan, 8192": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
+    }
+    results: dict = {}
+    for name, asked in cases.items():
+        llm, _ = load(engine_folder(folder, name), reuse_prefixes=True)
+        for case in asked:
+            where = f"{name}: {case.context} + {case.prompt} + {case.tokens} tokens"
+            results[where] = rates(llm, case, runs=2)
+            say(where, results[where])
+        llm.close()
+        gc.collect()
+    return results
+
+
+def peer(folder: Path, shape: str) -> dict:
+    import torch
+    import transformers
+    from random_checkpoint import config_of
+
+    from llmtrt.evaluate.peer import Transformers
+
+    config = transformers.AutoConfig.for_model(**config_of(shape))
+    with torch.device("cuda"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
+    say("model")
+    theirs, results = Transformers(model), {}
+    for case in (Case(PROMPT, NEW), Case(2048, 2)):
+        found = theirs.measure(case, runs=2)
+        results[f"{case.prompt} + {case.tokens} tokens"] = {
+            "ttft_ms": round(1e3 * found.ttft, 2),
+            "tokens_per_s": round(found.tokens_per_second, 1),
+        }
+        say(results)
+    return {"system": theirs.description, **results, "gpu_bytes": theirs.gpu_bytes()}
+
+
+STAGES = {"build": build, "speed": speed, "context": context, "peer": peer}
+
+
+def main() -> None:
+    folder, shape = Path(sys.argv[1]) / sys.argv[2], sys.argv[2]
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict = {"machine": measure_gpu.machine()}
+    failed = []
+    for stage in sys.argv[3:]:
+        say("stage", stage)
+        began = time.monotonic()
+        try:
+            results[stage] = {**STAGES[stage](folder, shape), "stage_seconds": round(time.monotonic() - began, 1)}
+        except Exception as error:  # noqa: BLE001 - the other stages' GPU time is paid for
+            import traceback
+
+            traceback.print_exc()
+            failed.append(f"{stage}: {error}")
+    name = f"gpu-decode-{shape}-{'-'.join(sys.argv[3:])}"
+    provenance.write(name, results, ("numpy", "torch", "transformers", "cuda-bindings"), quiet=True)
+    if "OUT" in os.environ:
+        shutil.copy(Path(__file__).parents[1] / "benchmarks" / f"{name}.json", os.environ["OUT"])
+    sys.exit("; ".join(failed) or 0)
+
+
+if __name__ == "__main__":
+    main()
