@@ -365,7 +365,7 @@ def test_what_lies_beside_the_plans_is_what_their_graphs_take(with_inputs):
     for one_row in (True, False):
         model, _ = lower(canonical, Target("rtx", frozenset(), capacity, "inputs", one_row))
         given = {value.name: weight_of(value) for value in model.graph.inputs if weight_of(value) is not None}
-        assert given.keys() == taken.keys() and len(given) == 3 * 4 * 3 + 3  # q, k, v together, and gate and up
+        assert given.keys() == taken.keys() and len(given) == 3 * 4 * 3 + 2 + 2  # q, k, v together, and gate and up
         for name, weight in given.items():
             start, length = taken[name]
             assert start % 4096 == 0 and content[start : start + length] == weight.tobytes()

@@ -1,7 +1,9 @@
-"""INT4 weights as two numbers a byte, in the layout whose one-row product TensorRT compiles into its fastest kernel.
+"""Quantized weights in the layout whose one-row product TensorRT compiles into its fastest kernel. INT4, two numbers a byte:
 
     bytes  INT8 [N, K' / 128, 64]   byte j of a block has w[j] and w[j + 64]: v = 16 · hi + lo + 8, hi = ⌊v / 16⌋
     scale  [N, K' / 128, 1]         of the block; where blocks have 64, of lo, and scale_hi that of hi
+
+and INT8, one a byte: bytes INT8 [N, K' / 128, 128], scale [N].
 
 K' is K rounded up to whole blocks of 128, with zeros. tools/search_projection.py measured this among other layouts.
 """
@@ -22,11 +24,11 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Matrix:
-    """One INT4 matrix of a package: ``q`` [K, N] and ``scale`` [K / block, N]."""
+    """A matrix of a package: ``q`` INT4 [K, N] and ``scale`` [K / block, N], or INT8 and [N] (``block`` None)."""
 
     q: ir.TensorProtocol
     scale: ir.TensorProtocol
-    block: int
+    block: int | None
 
     @property
     def k(self) -> int:
@@ -39,7 +41,7 @@ class Matrix:
 
 def can_pack(matrix: Matrix) -> bool:
     """Whether the layout has room for its scales and pairs of columns."""
-    return matrix.block % HALF == 0 and matrix.n % 2 == 0
+    return matrix.block is None or matrix.block % HALF == 0 and matrix.n % 2 == 0
 
 
 def spans(k: int) -> int:
@@ -53,21 +55,30 @@ def arrays(name: str, matrices: Sequence[Matrix]) -> dict[str, ir.LazyTensor]:
     n, count, kind = sum(matrix.n for matrix in matrices), spans(matrices[0].k), matrices[0].scale.dtype
 
     def lazy(
-        ending: str, make: Callable[[Matrix], np.ndarray], dtype: ir.DataType, last: int
+        ending: str, make: Callable[[Matrix], np.ndarray], dtype: ir.DataType, *shape: int
     ) -> tuple[str, ir.LazyTensor]:
         def stacked() -> ir.TensorProtocol:
             return ir.Tensor(np.concatenate([make(matrix) for matrix in matrices]), dtype=dtype)
 
-        shape = ir.Shape((n, count, last))
-        return name + ending, ir.LazyTensor(stacked, dtype=dtype, shape=shape, name=name + ending)
+        return name + ending, ir.LazyTensor(stacked, dtype=dtype, shape=ir.Shape(shape), name=name + ending)
 
-    found = [lazy(BYTES, pack_bytes, ir.DataType.INT8, HALF), lazy(SCALE, partial(pack_scale, half=0), kind, 1)]
-    if matrices[0].block < SPAN:
-        found.append(lazy(SCALE_HI, partial(pack_scale, half=1), kind, 1))
+    if matrices[0].block is None:
+        scale = lazy(SCALE, lambda matrix: matrix.scale.numpy(), kind, n)
+        return dict([lazy(BYTES, pack_int8, ir.DataType.INT8, n, count, SPAN), scale])
+    found = [lazy(BYTES, pack_int4, ir.DataType.INT8, n, count, HALF)]
+    halves = (SCALE,) if matrices[0].block >= SPAN else (SCALE, SCALE_HI)
+    found += [lazy(end, partial(pack_scale, half=half), kind, n, count, 1) for half, end in enumerate(halves)]
     return dict(found)
 
 
-def pack_bytes(matrix: Matrix) -> np.ndarray:
+def pack_int8(matrix: Matrix) -> np.ndarray:
+    """INT8 [N, K' / 128, 128] of ``matrix``."""
+    found = np.zeros((matrix.n, spans(matrix.k) * SPAN), np.int8)
+    found[:, : matrix.k] = matrix.q.numpy().T
+    return found.reshape(matrix.n, -1, SPAN)
+
+
+def pack_int4(matrix: Matrix) -> np.ndarray:
     """INT8 [N, K' / 128, 64] of ``matrix``."""
     k, n = matrix.k, matrix.n
     pairs = np.frombuffer(matrix.q.tobytes(), np.uint8).reshape(k, n // 2)
