@@ -19,7 +19,20 @@ import measure_gpu
 import numpy as np
 import provenance
 import random_package
-from measure_gpu import GREEDY, NEW, PROMPT, Peak, end_builds, engine_folder, load, profile, say, start_builds
+from measure_gpu import (
+    GREEDY,
+    NEW,
+    PROMPT,
+    Peak,
+    end_builds,
+    engine_folder,
+    load,
+    longest,
+    profile,
+    say,
+    start_builds,
+    watch,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt import LLM, SamplingParams  # noqa: E402
@@ -68,6 +81,11 @@ def speed(folder: Path, shape: str) -> dict:
         found["greedy"] = llm.generate(ids, SamplingParams(max_tokens=16, **GREEDY)).token_ids
         try:
             found["profile"] = profile(llm, ids)
+            kernels = watch(llm, ids, 1)
+            found["prefill"] = {
+                "us": round(sum(end - start for start, end, _ in kernels), 1),
+                **longest(kernels, 1, 16),
+            }
         except Exception as error:  # noqa: BLE001 - the profiler is not the measured thing
             found["profile"] = f"no profile: {error}"
         say(name, found)

@@ -371,42 +371,50 @@ def time_loop(llm: LLM, ids: list[int]) -> dict:
     }
 
 
-def profile(llm: LLM, ids: list[int]) -> dict:
-    """Kernel time, gaps and host time of a token, by PyTorch's profiler (CUPTI) over 32 tokens."""
+def watch(llm: LLM, ids: list[int], tokens: int) -> list[tuple[float, float, str]]:
+    """Start, end (µs) and name of all that ran on the GPU for ``tokens`` tokens, by PyTorch's profiler (CUPTI)."""
     import torch
     from torch.profiler import ProfilerActivity
 
-    count = 33
     torch.cuda.init()
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as watched:
-        llm.generate(ids, SamplingParams(max_tokens=count, **GREEDY))
+        llm.generate(ids, SamplingParams(max_tokens=tokens, **GREEDY))
         torch.cuda.synchronize()
-    kernels = sorted(
+    return sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in watched.events()
         if str(event.device_type).endswith("CUDA")
     )
+
+
+def longest(kernels: list[tuple[float, float, str]], steps: int, count: int) -> dict[str, list[float]]:
+    """The ``count`` kernels that took longest: µs and launches of each, a step."""
     names: dict[str, list[float]] = {}
+    for start, end, name in kernels:
+        names.setdefault(name[:80], []).append(end - start)
+    top = sorted(names.items(), key=lambda item: -sum(item[1]))[:count]
+    return {name: [round(sum(took) / steps, 1), round(len(took) / steps, 1)] for name, took in top}
+
+
+def profile(llm: LLM, ids: list[int]) -> dict:
+    """Kernel time, gaps and host time of a token, over 32 tokens."""
+    count = 33
+    kernels = watch(llm, ids, count)
     # the last launch of the decoder's first kernel marks a token: take the spans between the tokens' copies to the host
     marks = [end for _, end, name in kernels if "DtoH" in name][-count + 1 :]
     inside = [one for one in kernels if marks[0] < one[0] and one[1] <= marks[-1]]
-    steps = len(marks) - 1
-    for start, end, name in inside:
-        names.setdefault(name[:80], []).append(end - start)
+    steps, span = len(marks) - 1, marks[-1] - marks[0]
     busy = sum(end - start for start, end, _ in inside)
-    span = marks[-1] - marks[0]
-    top = sorted(names.items(), key=lambda item: -sum(item[1]))[:14]
+    # a product rounds bytes down, or is TensorRT's own
+    projections = sum(end - start for start, end, name in inside if "Floo" in name or "dequant" in name)
     return {
         "tokens": steps,
         "us_per_token": round(span / steps, 1),
         "kernels_us": round(busy / steps, 1),
         "gaps_us": round((span - busy) / steps, 1),
         "kernels_per_token": round(len(inside) / steps, 1),
-        # a product rounds bytes down, or is TensorRT's own
-        "projections_us": round(
-            sum(sum(took) for name, took in names.items() if "Floo" in name or "dequant" in name) / steps, 1
-        ),
-        "longest": {name: [round(sum(took) / steps, 1), round(len(took) / steps, 1)] for name, took in top},
+        "projections_us": round(projections / steps, 1),
+        "longest": longest(inside, steps, 16),
     }
 
 
