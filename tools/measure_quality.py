@@ -64,11 +64,6 @@ ROWS = {
     "gptq g64, calibrated on itself": (GPTQ, "self", None),
     "gptq g64, without descent": (GPTQ, TRAIN, without_descent),
     "gptq g64, calibrated on itself, without descent": (GPTQ, "self", without_descent),
-    "gptq g64, calibrated on itself, 128 sequences, without descent": (
-        replace(GPTQ, calibration_sequences=128),
-        "self",
-        without_descent,
-    ),
     "gptq, 4.5 bits": (read_recipe("gptq-mixed"), TRAIN, None),
     "gptq g64, 32 sequences": (FEWER, TRAIN, None),
     "gptq g32, 32 sequences": (replace(FEWER, group_size=32), TRAIN, None),
