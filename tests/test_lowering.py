@@ -186,6 +186,36 @@ def test_a_lowering_is_applied_only_where_it_says_so():
     assert not seen
 
 
+def test_split_attention_stays_in_range_where_a_long_context_is_flat():
+    """8,192 rows of equal weight and values of 40: their sum is past fp16, their mean is not. On ONNX's own evaluator, which
+    rounds each value to its type, as ONNX Runtime does not."""
+    from onnx.reference import ReferenceEvaluator
+
+    heads, dim, context = 4, 16, 8192
+    model = attention_model("float16", heads, 2, dim)
+    lowered, names = lower(model, Target("rtx", frozenset(), context, one_row=True))
+    assert names == ["static_capacity", "one_row", "split_attention"]
+    nodes = [node for node in ir.to_proto(lowered).graph.node if node.op_type not in ("TensorScatter", "Attention")]
+    taken = {name for node in nodes for name in node.input} & {"present_key_0", "present_value_0"}
+    assert len(taken) == 2
+    proto = ir.to_proto(lowered)
+    inputs = [value for value in proto.graph.input if value.name in ("q", "kv_range", "mask")]
+    cache = helper.make_tensor_type_proto(TensorProto.FLOAT16, [1, 2, context, dim])
+    inputs += [helper.make_value_info(name, cache) for name in sorted(taken)]
+    outputs = [value for value in proto.graph.output if value.name == "y"]
+    graph = helper.make_graph(nodes, "split", inputs, outputs, proto.graph.initializer)
+    rng = np.random.default_rng(0)
+    feeds = {
+        "q": rng.standard_normal((1, heads, 1, dim)).astype(np.float16),
+        "kv_range": np.arange(context),
+        "mask": np.arange(context)[None, None, None] < context - 100,
+        "present_key_0": np.zeros((1, 2, context, dim), np.float16),
+        "present_value_0": np.full((1, 2, context, dim), 40, np.float16),
+    }
+    (y,) = ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])).run(["y"], feeds)
+    assert np.abs(y - 40).max() <= 0.1
+
+
 def package_graph(name: str, folder, recipe):
     package = quantize(families.save(name, folder / "checkpoint"), folder / "package", recipe).package
     return package, load_graph(package)

@@ -43,23 +43,25 @@ def _split(node: ir.Node, step: int) -> None:
         new.op("Reshape", new.op("Slice", new.op("Reshape", cache, new.ints(kv_heads, -1, dim)), *bounds), shape)
         for cache in (k, v)
     )
-    q = new.op("Reshape", new.op("Mul", q, new.scalar(scale, dtype)), new.ints(kv_heads, group, 1, 1, dim))
-    scores = []
+    # Products in fp32: a few channels of keys may be so large that scores in fp16 or bf16 lose what tells rows apart.
+    q = new.op("Mul", new.cast(q, _FLOAT), new.scalar(scale, _FLOAT))
+    q, keys, scores = new.op("Reshape", q, new.ints(kv_heads, group, 1, 1, dim)), new.cast(k, _FLOAT), []
     for index in range(group):  # sums of one product each, which TensorRT makes in one kernel that reads the keys once
-        products = new.op("Mul", k, new.op("Gather", q, new.constant(np.array(index)), axis=1))
+        products = new.op("Mul", keys, new.op("Gather", q, new.constant(np.array(index)), axis=1))
         scores.append(new.op("Unsqueeze", new.op("ReduceSum", products, new.ints(3), keepdims=0), new.ints(2)))
-    scores = new.cast(
-        scores[0] if group == 1 else new.op("Concat", *scores, axis=2), _FLOAT
-    )  # [Hkv, splits, group, rows]
+    scores = scores[0] if group == 1 else new.op("Concat", *scores, axis=2)  # [Hkv, splits, group, rows]
     seen = new.op("Reshape", mask, new.op("Concat", new.ints(1, _SPLITS, 1), rows, axis=0))
     scores = new.op("Where", seen, scores, new.constant(np.array(MASKED, np.float32)))
     highest = new.op("ReduceMax", scores, new.ints(3), keepdims=1)
     weights = new.op("Exp", new.op("Sub", scores, highest))
     total = new.op("ReduceSum", weights, new.ints(3), keepdims=1)
-    parts = new.cast(new.op("MatMul", new.cast(weights, dtype), v), _FLOAT)  # [Hkv, splits, group, D]
+    # Divided before the product, whose sum would be as large as its rows are many: past fp16 in a long, flat context.
+    weights = new.cast(new.op("Div", weights, total), dtype)
+    parts = new.cast(new.op("MatMul", weights, v), _FLOAT)  # [Hkv, splits, group, D]
     share = new.op("Exp", new.op("Sub", highest, new.op("ReduceMax", highest, new.ints(1), keepdims=1)))
+    share = new.op("Mul", share, total)
     above = new.op("ReduceSum", new.op("Mul", parts, share), new.ints(1), keepdims=0)
-    below = new.op("ReduceSum", new.op("Mul", total, share), new.ints(1), keepdims=0)
+    below = new.op("ReduceSum", share, new.ints(1), keepdims=0)
     y = new.cast(new.op("Div", above, below), dtype)
     new.replace(new.op("Reshape", y, new.ints(1, heads, 1, dim)))
 
