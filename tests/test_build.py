@@ -508,6 +508,23 @@ def _limited(function, resource):
     return limited
 
 
+def test_contexts_past_what_attention_of_one_row_takes_are_built(tmp_path):
+    """From 24,576 rows of cache less the head dimension on, TensorRT has no kernel for a decode profile of one row."""
+    checkpoint = families.save("llama-even", tmp_path / "checkpoint", max_position_embeddings=65536)
+    package = quantize(checkpoint, tmp_path / "package", "fp16").package
+    for max_seq, most in ((24000, 1), (24064, 2), (65536, 2)):
+        engine = build(package.path, tmp_path / f"engine-{max_seq}", max_seq=max_seq, chunk=512).engine
+        assert engine.profiles[0]["shapes"]["input_ids"][2] == [1, most]
+
+
+def hold_weights(extent: list):
+    def change(manifest: dict) -> None:
+        manifest["files"]["weights.bin"] = {"bytes": 4999, "sha256": "0" * 64}
+        manifest["weight_inputs"] = {"w": extent}
+
+    return change
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -524,8 +541,11 @@ def _limited(function, resource):
         (lambda m: m["files"].pop("engine.plan"), "'files' should list engine.plan"),
         (lambda m: m["files"].pop("greedy.plan"), "'files' should list greedy.plan"),
         (lambda m: m.update(one_row=[1]), "'one_row' should be a JSON object or null"),
+        (lambda m: m.pop("one_row"), "'one_row' should be a JSON object or null"),
         (lambda m: m.update(one_row={"profile": {}}), "'files' should list decode.plan"),
         (lambda m: m.update(weight_inputs={"w": [0, 1]}), "'files' should list weights.bin"),
+        (hold_weights([0, 5000]), "w should lie in the 4999 bytes of weights.bin, but has 5000 from 0 on"),
+        (hold_weights([3, 5]), "w should lie in the 4999 bytes of weights.bin, but has 5 from 3 on"),
         (lambda m: m.pop("runtime"), "'runtime' should be a JSON object"),
         (lambda m: m.update(debug_tensors={}), "'debug_tensors' should be a JSON array"),
         (lambda m: m["memory"].update(activations=[]), "'memory' should hold sizes in bytes"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import sys
 
@@ -350,6 +351,9 @@ def test_weights_are_bound_where_they_were_copied_to(with_inputs, machine):
     together, alone = ({shapes["input_ids"] for shapes in trt.runs_of(plan)} for plan in (PLAN, DECODE))
     assert together >= {(2, 1), (3, 1)} and alone == {(1, 1)} and (1, 1) not in together
     whole = sum(length for _, length in with_inputs.weight_inputs.values())
+    assert with_inputs.step_weight_bytes(1) == whole
+    shared = "weight_inputs" in with_inputs.manifest["lowerings"]
+    assert with_inputs.step_weight_bytes(2) == (whole if shared else with_inputs.weight_bytes - whole)
     assert session.memory().measured.weights >= whole
     assert session.memory().predicted.weights == with_inputs.weight_bytes >= whole
     session.close()
@@ -380,6 +384,15 @@ def test_weights_that_are_not_there_are_told(with_inputs, machine, tmp_path):
         open_engine(folder)
     with pytest.raises(UserError, match=r"weights.bin ends before the weight .*make it anew"):
         TrtSession(open_engine(folder, verify=False))
+    fewer = dict(with_inputs.manifest["weight_inputs"])
+    missing = fewer.popitem()[0]
+    manifest = with_inputs.manifest | {"weight_inputs": fewer}
+    cuda, _ = machine(engine=with_inputs)
+    with pytest.raises(
+        UserError, match=f"a plan takes .* bytes of {re.escape(missing)} that the manifest does not have"
+    ):
+        TrtSession(dataclasses.replace(with_inputs, manifest=manifest))
+    assert not cuda.live
     (folder / WEIGHTS).unlink()
     with pytest.raises(UserError, match=r"weights.bin"):
         open_engine(folder)

@@ -44,8 +44,10 @@ def run(options: argparse.Namespace) -> None:
     peer = None
     with progress.shown("measuring") as report:
         with load(options, max_batch=max(options.batch)) as llm:
-            weights = weight_bytes(Path(options.model))
-            speeds = [measure(llm, case, options.runs, weights, report) for case in asked]
+            model = Path(options.model)
+            speeds = [
+                measure(llm, case, options.runs, weight_bytes(model, case.batch), report=report) for case in asked
+            ]
             memory, runtime = llm.memory(), llm.runtime
         bandwidth = device_bandwidth() if memory else host_bandwidth(options.threads)
         rows = [(runtime, speed) for speed in speeds]

@@ -225,6 +225,14 @@ def _lint(package: Package, model: "ir.Model", lowered: bool) -> None:
         )
 
 
+def _one_row(made: _Decoders) -> dict | None:
+    if made.one_row is None:
+        return None
+    profile, memory, lowerings = made.one_row
+    activations = None if memory.activations is None else list(memory.activations)
+    return {"profile": profile.to_json(), "lowerings": lowerings, "activations": activations}
+
+
 def _write_manifest(
     folder: Path, output: Path, flavor: Flavor, package: Package, options: BuildOptions, made: _Decoders
 ) -> None:
@@ -237,7 +245,7 @@ def _write_manifest(
         "lowerings": made.lowerings,
         "runtime": {"kernel_specialization": options.kernel_specialization} if specializes else {},
         "profiles": [profile.to_json() for profile in made.profiles],
-        "one_row": {"profile": made.one_row[0].to_json(), "lowerings": made.one_row[2]} if made.one_row else None,
+        "one_row": _one_row(made),
         "debug_tensors": made.debug_tensors,
         "weight_inputs": made.weight_inputs,
         "memory": {

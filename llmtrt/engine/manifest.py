@@ -15,7 +15,7 @@ from llmtrt.package import ModelSpec
 
 ENGINE = Kind("llmtrt-engine", 4, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN, DECODE = "engine.plan", "decode.plan"  # of every step; of one row of one sequence alone, where there is one
-WEIGHTS = "weights.bin"  # what the plans take as inputs
+WEIGHTS, WEIGHT_ALIGNMENT = "weights.bin", 4096  # what the plans take as inputs; of each one's start
 GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
 REFIT_GRAPH = "graph.onnx"  # of a plan that can be refitted: what it was built from, without weights
 _SIZES = ("max_batch", "max_seq", "chunk", "capacity", "check_rows")
@@ -89,7 +89,22 @@ class Engine:
             said = sum((self.path / name).stat().st_size for name in self.plans if name not in (GREEDY, SAMPLER))
         if self.stripped and self.package_path is not None:
             said += (self.package_path / PACKAGE_WEIGHTS).stat().st_size
-        return said + sum(length for _, length in self.weight_inputs.values())
+        return said + self._input_bytes
+
+    @property
+    def _input_bytes(self) -> int:
+        return sum(length for _, length in self.weight_inputs.values())
+
+    @property
+    def _takes_inputs(self) -> bool:
+        """Whether PLAN does, and not DECODE alone."""
+        return "weight_inputs" in self.manifest["lowerings"]
+
+    def step_weight_bytes(self, slots: int) -> int:
+        """Weights that a decode step of ``slots`` sequences reads: those of the plan that it runs."""
+        if self._takes_inputs or slots == 1 and self.manifest["one_row"]:
+            return self._input_bytes
+        return self.weight_bytes - self._input_bytes
 
     @property
     def streaming_scratch_bytes(self) -> int:
@@ -100,7 +115,11 @@ class Engine:
         """About what ``slots`` sequences take of memory for activations, from what the builder said of ``max_batch``;
         None where it said nothing."""
         said = self.manifest["memory"].get("activations")
-        return None if said is None else max(said) * slots // self.max_batch
+        if said is None:
+            return None
+        # what is unpacked of weights is as large for one sequence as for all
+        most = max(said) if self._takes_inputs else max(said) * slots // self.max_batch
+        return max(most, *(self.manifest["one_row"] or {}).get("activations") or [0], 0)
 
     @property
     def profiles(self) -> list[dict]:
@@ -176,7 +195,7 @@ def _check(manifest: dict, where: Path) -> None:
             f"{where}: capacity {manifest['capacity']} is less than max_seq {manifest['max_seq']} + chunk "
             f"{manifest['chunk']}: make the engine anew with `llmtrt build`"
         )
-    if not isinstance(manifest.get("one_row"), dict | None):
+    if not isinstance(manifest.get("one_row", ""), dict | None):
         raise UserError(f"{where}: 'one_row' should be a JSON object or null: make the engine anew with `llmtrt build`")
     expected = [PLAN, GREEDY, SAMPLER, *([DECODE] if manifest["one_row"] else [])]
     expected += [WEIGHTS] if manifest["weight_inputs"] else []
@@ -191,10 +210,16 @@ def _check(manifest: dict, where: Path) -> None:
         )
     if any(flag.startswith("REFIT") for flag in manifest["flags"]) and REFIT_GRAPH not in manifest["files"]:
         raise UserError(f"{where}: 'files' should list {REFIT_GRAPH}: make the engine anew with `llmtrt build`")
+    size = manifest["files"].get(WEIGHTS, {}).get("bytes", 0)
     for name, extent in manifest["weight_inputs"].items():
-        if not isinstance(extent, list) or len(extent) != 2 or not all(_is_size(size) for size in extent):
+        if not isinstance(extent, list) or len(extent) != 2 or not all(_is_size(each) for each in extent):
             raise UserError(
                 f"{where}: weight_inputs should hold where {name} begins and its bytes, but holds {extent!r}"
+            )
+        if extent[0] % WEIGHT_ALIGNMENT or not extent[1] or sum(extent) > size:
+            raise UserError(
+                f"{where}: {name} should lie in the {size} bytes of {WEIGHTS}, but has {extent[1]} from {extent[0]} on: "
+                "make the engine anew with `llmtrt build`"
             )
     memory = manifest["memory"]
     activations = memory.get("activations")

@@ -101,10 +101,7 @@ def _check_weights(options: BuildOptions) -> None:
     others = {"--strip": options.strip, "--refit": options.refit, "--weight-streaming": options.weight_streaming}
     others |= {"--debug-tensors": options.debug_tensors}
     if options.weights != "plan" and (given := [flag for flag, on in others.items() if on]):
-        raise UserError(
-            f"--weights {options.weights} has weights outside of the plan, and {', '.join(given)} needs all inside: leave "
-            "one of them out"
-        )
+        raise UserError(f"--weights {options.weights} does not go with {', '.join(given)}: leave one of them out")
 
 
 def _flags(flavor: Flavor, options: BuildOptions) -> tuple[str, ...]:

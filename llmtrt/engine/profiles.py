@@ -8,6 +8,9 @@ from llmtrt.engine.options import CONTEXT_STEP, BuildOptions
 from llmtrt.errors import UserError
 
 Shape = tuple[int, ...]
+# TensorRT-RTX 1.6's attention of one row builds for so many rows of cache less the head dimension, and for two rows without
+# a limit (measured to the row for head dims of 16 to 256): above, a decode step is one of up to two.
+_ONE_ROW_ATTENTION = 24576
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Profile:
 
 
 def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
-    """Profile 0, decode: S = K = 1; profile 1, prefill: S and K from 1 to a chunk. B and L are free in both, and tuned
-    for ``options.opt_batch`` and ``opt_context``.
+    """Profile 0, decode: S = K = 1 (but see ``_ONE_ROW_ATTENTION``); profile 1, prefill: S and K from 1 to a chunk. B and L
+    are free in both, and tuned for ``options.opt_batch`` and ``opt_context``.
 
     ``inputs``: the network's shapes, −1 where a dimension is dynamic. Those without one, which are weights, need none.
     """
@@ -31,9 +34,11 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Pr
     chunk, capacity = options.chunk, options.capacity
     batch = (1, options.opt_batch, options.max_batch)
     context = (1, options.opt_context, capacity)
+    head_dim = max((shape[3] for name, shape in inputs.items() if name.startswith("past_")), default=0)
     one, rows, wanted = (1, 1, 1), (1, chunk, chunk), (1, 1, chunk)
+    step = one if capacity + head_dim <= _ONE_ROW_ATTENTION else (1, 1, 2)
     return [
-        Profile("decode", {name: _shapes(name, shape, batch, one, one, context) for name, shape in inputs.items()}),
+        Profile("decode", {name: _shapes(name, shape, batch, step, one, context) for name, shape in inputs.items()}),
         Profile(
             "prefill", {name: _shapes(name, shape, batch, rows, wanted, context) for name, shape in inputs.items()}
         ),

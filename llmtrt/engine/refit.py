@@ -53,7 +53,7 @@ def own_package(engine: Engine, verify: bool) -> Package:
         raise UserError(
             f"{engine.path} holds no weights, and the package that it was built from is not at "
             f"{engine.manifest['package'].get('path')} (from the engine's folder) or is another by now: put it back there"
-            f"{instead if engine.stripped else ''}"
+            f"{instead}"
         )
     return open_package(engine.package_path, verify)
 

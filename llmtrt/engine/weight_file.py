@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
+from llmtrt.engine.manifest import WEIGHT_ALIGNMENT
 from llmtrt.graph.lowerings.weight_inputs import weight_of
 from llmtrt.progress import Report
-
-_ALIGNMENT = 4096  # bytes
 
 
 def write_weights(model: ir.Model, path: Path, report: Report) -> dict[str, tuple[int, int]]:
@@ -20,8 +20,8 @@ def write_weights(model: ir.Model, path: Path, report: Report) -> dict[str, tupl
     with path.open("wb") as file:
         for done, (name, tensor) in enumerate(given.items()):
             report(done, len(given), name)
-            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            content = tensor.tobytes()
-            found[name] = file.tell(), len(content)
-            file.write(content)
+            file.write(b"\0" * (-file.tell() % WEIGHT_ALIGNMENT))
+            array = np.ascontiguousarray(tensor.numpy())
+            found[name] = file.tell(), array.nbytes
+            array.view(np.uint8).reshape(-1).tofile(file)
     return found

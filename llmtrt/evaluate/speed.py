@@ -98,14 +98,14 @@ def _times(llm: LLM, case: Case, rng: np.random.Generator) -> list[list[float]]:
     return times
 
 
-def weight_bytes(path: Path) -> int | None:
-    """Bytes of weights that a step of the package or engine in ``path`` reads: all of them, but of an embedding that is not
-    the head too only some rows. None for an engine whose package is not found."""
+def weight_bytes(path: Path, batch: int = 1) -> int | None:
+    """Bytes of weights that a step of ``batch`` sequences reads of the package or engine in ``path``: all of them, but of an
+    embedding that is not the head too only some rows. None for an engine whose package is not found."""
     if ENGINE.is_at(path):
         engine = open_engine(path, verify=False)
         if engine.package_path is None:
             return None
-        return engine.weight_bytes - _rows_only(open_package(engine.package_path, verify=False))
+        return engine.step_weight_bytes(batch) - _rows_only(open_package(engine.package_path, verify=False))
     package = open_package(path, verify=False)
     return (package.path / WEIGHTS).stat().st_size - _rows_only(package)
 

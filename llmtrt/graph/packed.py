@@ -41,7 +41,7 @@ class Matrix:
 
 def can_pack(matrix: Matrix) -> bool:
     """Whether the layout has room for its scales and pairs of columns."""
-    return matrix.block is None or matrix.block % HALF == 0 and matrix.n % 2 == 0
+    return matrix.block is None or (matrix.block == HALF or matrix.block % SPAN == 0) and matrix.n % 2 == 0
 
 
 def spans(k: int) -> int:
@@ -58,7 +58,8 @@ def arrays(name: str, matrices: Sequence[Matrix]) -> dict[str, ir.LazyTensor]:
         ending: str, make: Callable[[Matrix], np.ndarray], dtype: ir.DataType, *shape: int
     ) -> tuple[str, ir.LazyTensor]:
         def stacked() -> ir.TensorProtocol:
-            return ir.Tensor(np.concatenate([make(matrix) for matrix in matrices]), dtype=dtype)
+            made = list(map(make, matrices))
+            return ir.Tensor(made[0] if len(made) == 1 else np.concatenate(made), dtype=dtype)
 
         return name + ending, ir.LazyTensor(stacked, dtype=dtype, shape=ir.Shape(shape), name=name + ending)
 

@@ -280,7 +280,7 @@ class TrtSession:
                     f"{self._path} has its weights beside the plan and takes no others: leave --package out, or build an "
                     "engine from that package"
                 )
-            self._weights = WeightInputs(engine, cuda)
+            self._weights = WeightInputs(engine, self._decoders(), cuda)
         elif engine.stripped or package is not None:
             refit(flavor, decoder, engine, logger, verify, package=package)
         if engine.streams:
@@ -300,12 +300,17 @@ class TrtSession:
         else:
             cuda.synchronize()
             self._measured["weights"] = max(0, self._free_at_start - cuda.free_bytes())
-        self._kv = KvCache(decoder, cuda)
-        if not self._kv.aliased or len(self._kv) != 2 * self.spec.layers or self._kv.capacities() != {self._capacity}:
-            raise UserError(
-                f"{self._path}: the plan's KV cache is not the one that the manifest describes, updated in place: build "
-                "the engine anew with `llmtrt build`"
-            )
+        for plan in reversed(self._decoders()):
+            self._kv = KvCache(plan, cuda)
+            if (
+                not self._kv.aliased
+                or len(self._kv) != 2 * self.spec.layers
+                or self._kv.capacities() != {self._capacity}
+            ):
+                raise UserError(
+                    f"{self._path}: the plan's KV cache is not the one that the manifest describes, updated in place: build "
+                    "the engine anew with `llmtrt build`"
+                )
         if self._max_batch > 1 and not self._kv.slots_are_aligned:
             raise UserError(
                 f"{self._path}: {self._capacity} rows of cache do not end where TensorRT lets the next sequence's begin: "
@@ -315,6 +320,9 @@ class TrtSession:
         self._range = Region(cuda.allocate(positions.nbytes), positions.nbytes)
         cuda.upload(self._range.address, positions)
         cuda.synchronize()
+
+    def _decoders(self) -> list[Any]:
+        return [self._engines[name] for name in (PLAN, DECODE) if name in self._engines]
 
     def _context(self, plan: str, profile: int, *key: object) -> Context:
         """The context of ``plan`` for ``key``, made when it is first asked for."""
@@ -413,7 +421,7 @@ class TrtSession:
 
     def _bucket(self, length: int) -> int:
         """The rows of cache that a step sees whose last position is ``length`` − 1. Each is a shape of its own, with a graph
-        of its own, so there are eight between a power of two and the next: a step sees an eighth too much at most."""
+        of its own, so there are eight between a power of two and the next, of 256 rows at least."""
         step = _SMALLEST_CONTEXT
         while 16 * step < length:
             step *= 2
@@ -427,10 +435,13 @@ class TrtSession:
         samplers = [(GREEDY, slots), (SAMPLER, slots)]
         if self._streaming_scratch:
             samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
-        alone = [self._context(DECODE, _DECODE, 1, length)] if DECODE in self._engines else []
+        decoding = [(PLAN, slots)] if slots > 1 or DECODE not in self._engines else []
+        decoding += [(DECODE, 1)] if DECODE in self._engines else []
         activations = max(
-            *(self._shape(context, (1, 1, 1, length)) for context in alone),
-            self._shape(self._context(PLAN, _DECODE, slots, length), (slots, 1, 1, length)),
+            *(
+                self._shape(self._context(plan, _DECODE, count, length), (count, 1, 1, length))
+                for plan, count in decoding
+            ),
             self._shape(self._context(PLAN, _PREFILL), (1, min(self.chunk, max_seq), 1, length)),
             self._shape(
                 self._context(PLAN, _PREFILL), (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)

@@ -56,11 +56,15 @@ def _matrix(node: ir.Node) -> tuple[str, Matrix] | None:
     block = source.attributes["block_size"].value if "block_size" in source.attributes else None
     if q.dtype != (ir.DataType.INT8 if block is None else ir.DataType.INT4):
         return None
+    axis = source.attributes["axis"].value if "axis" in source.attributes else 1
+    if len(source.inputs) > 2 or axis != (1 if block is None else 0) or None in (q.const_value, scale.const_value):
+        return None
     matrix = Matrix(q.const_value, scale.const_value, block)
     if not packed.can_pack(matrix):
+        other = "group_size 64 or 128" if matrix.n % 2 == 0 else "this one in int8 or kept"
         raise UserError(
-            f"{q.name} {list(matrix.q.shape.dims)} in blocks of {block} cannot be an input: it takes blocks of 64 or a "
-            "multiple of it, and an even number of columns: build with --weights plan, or quantize with group_size 64 or 128"
+            f"{q.name} {list(matrix.q.shape.dims)} in blocks of {block} cannot be an input: it takes blocks of 64 or of "
+            f"multiples of 128, and an even number of columns: build with --weights plan, or quantize with {other}"
         )
     return q.name, matrix
 
@@ -74,10 +78,10 @@ def _input(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
 def _pack(model: ir.Model, group: list[tuple[ir.Node, str, Matrix]], one_row: bool) -> None:
     """One product in place of the MatMuls of ``group``, and of it the columns of each."""
     first, matrices = group[0][0], [matrix for *_, matrix in group]
-    inputs = {}
+    inputs, there = {}, {value.name: value for value in model.graph.inputs}
     for name, tensor in packed.arrays("+".join(name for _, name, _ in group), matrices).items():
-        inputs[name.rsplit(".", 1)[-1]] = _input(ir.val(name), tensor)
-    model.graph.inputs.extend(inputs.values())
+        inputs[name.rsplit(".", 1)[-1]] = there.get(name) or _input(ir.val(name), tensor)
+    model.graph.inputs.extend(value for value in inputs.values() if value.name not in there)
     new, n = Rewrite(first), sum(matrix.n for matrix in matrices)
     y = (packed_product.row if one_row else packed_product.rows)(new, first.inputs[0], inputs, matrices[0].k, n)
     if len(group) == 1:
