@@ -94,18 +94,19 @@ def few(splits: int, sums_of_values: bool = False) -> Write:
         shape = g.op("Concat", g.constant([KV_HEADS, splits]), rows, g.constant([DIM]), axis=0)
         k, v = (g.op("Slice", g.op("Reshape", x, g.constant([KV_HEADS, -1, DIM])), *bounds) for x in (k, v))
         k, v = (g.op("Reshape", x, shape) for x in (k, v))
-        q = g.op("Mul", g.op("Reshape", q, g.constant([KV_HEADS, GROUP, 1, 1, DIM])), g.constant(SCALE, np.float16))
+        q = g.op("Mul", g.cast(q, HALF, FLOAT), g.constant(SCALE, np.float32))
+        q, keys = g.op("Reshape", q, g.constant([KV_HEADS, GROUP, 1, 1, DIM])), g.cast(k, HALF, FLOAT)
         sums = [
-            g.op("ReduceSum", g.op("Mul", k, g.op("Gather", q, g.constant(i), axis=1)), g.constant([3]), keepdims=0)
+            g.op("ReduceSum", g.op("Mul", keys, g.op("Gather", q, g.constant(i), axis=1)), g.constant([3]), keepdims=0)
             for i in range(GROUP)
         ]
         scores = g.op("Concat", *(g.op("Unsqueeze", each, g.constant([2])) for each in sums), axis=2)
         mask = g.op("Reshape", seen, g.op("Concat", g.constant([1, splits, 1]), rows, axis=0))
-        scores = g.op("Where", mask, g.cast(scores, HALF, FLOAT), g.constant(HIDDEN, np.float32))
+        scores = g.op("Where", mask, scores, g.constant(HIDDEN, np.float32))
         highest = g.op("ReduceMax", scores, g.constant([3]), keepdims=1)
         weights = g.op("Exp", g.op("Sub", scores, highest))
         total = g.op("ReduceSum", weights, g.constant([3]), keepdims=1)
-        weights = g.cast(weights, FLOAT, HALF)
+        weights = g.cast(g.op("Div", weights, total), FLOAT, HALF)
         if sums_of_values:
             sums = [
                 g.op(
@@ -120,8 +121,9 @@ def few(splits: int, sums_of_values: bool = False) -> Write:
         else:
             part = g.op("MatMul", weights, v)
         share = g.op("Exp", g.op("Sub", highest, g.op("ReduceMax", highest, g.constant([1]), keepdims=1)))
+        share = g.op("Mul", share, total)
         above = g.op("ReduceSum", g.op("Mul", g.cast(part, HALF, FLOAT), share), g.constant([1]), keepdims=0)
-        below = g.op("ReduceSum", g.op("Mul", total, share), g.constant([1]), keepdims=0)
+        below = g.op("ReduceSum", share, g.constant([1]), keepdims=0)
         return g.op("Reshape", g.cast(g.op("Div", above, below), FLOAT, HALF), g.constant([1, HEADS, 1, DIM]))
 
     return write
