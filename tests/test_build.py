@@ -517,6 +517,14 @@ def test_contexts_past_what_attention_of_one_row_takes_are_built(tmp_path):
         assert engine.profiles[0]["shapes"]["input_ids"][2] == [1, most]
 
 
+def hold_one_row(activations: object):
+    def change(manifest: dict) -> None:
+        manifest["files"]["decode.plan"] = {"bytes": 1, "sha256": "0" * 64}
+        manifest["one_row"] = {"activations": activations}
+
+    return change
+
+
 def hold_weights(extent: list):
     def change(manifest: dict) -> None:
         manifest["files"]["weights.bin"] = {"bytes": 4999, "sha256": "0" * 64}
@@ -543,6 +551,8 @@ def hold_weights(extent: list):
         (lambda m: m.update(one_row=[1]), "'one_row' should be a JSON object or null"),
         (lambda m: m.pop("one_row"), "'one_row' should be a JSON object or null"),
         (lambda m: m.update(one_row={"profile": {}}), "'files' should list decode.plan"),
+        (hold_one_row("abc"), "'memory' should hold sizes in bytes"),
+        (hold_one_row([-1]), "'memory' should hold sizes in bytes"),
         (lambda m: m.update(weight_inputs={"w": [0, 1]}), "'files' should list weights.bin"),
         (hold_weights([0, 5000]), "w should lie in the 4999 bytes of weights.bin, but has 5000 from 0 on"),
         (hold_weights([3, 5]), "w should lie in the 4999 bytes of weights.bin, but has 5 from 3 on"),

@@ -223,7 +223,9 @@ def _check(manifest: dict, where: Path) -> None:
             )
     memory = manifest["memory"]
     activations = memory.get("activations")
+    alone = (manifest["one_row"] or {}).get("activations")
     sizes = [memory.get("largest_weight"), *(activations if isinstance(activations, list) else [])]
+    sizes += alone if isinstance(alone, list) else [] if alone is None else [alone]
     sizes += [] if memory.get("weights") is None else [memory["weights"]]
     if not all(map(_is_size, sizes)) or activations == []:
         raise UserError(f"{where}: 'memory' should hold sizes in bytes: make the engine anew with `llmtrt build`")
