@@ -10,7 +10,7 @@ from llmtrt.errors import UserError
 REFITS = ("identical", "any")
 WEIGHTS = ("plan", "inputs", "both")
 CHECK_ROWS = 16
-# Rows of the cache that a step sees are a multiple of it; where steps of one row have a plan of their own, so is the capacity.
+# Rows of the cache that a step sees are a multiple of it; so is the capacity, where steps of one row have their own plan.
 CONTEXT_STEP = 256
 _ALIGNED_ROWS = 16  # so many rows end where TensorRT lets the next sequence's begin
 # LAZY swaps kernels while a person waits, and with them the last bits of every number; EAGER compiles for every new
