@@ -409,8 +409,8 @@ class FakeEngine:
         self.session = _session(trt.graph if self.decodes else name, trt.manifest["model"]["vocab_size"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
-        self.weights = trt.weight_inputs if name == DECODE or "weight_inputs" in trt.manifest["lowerings"] else {}
-        self.weights = self.weights if self.decodes else {}
+        takes = name == DECODE or name == PLAN and "weight_inputs" in trt.manifest["lowerings"]
+        self.weights = trt.weight_inputs if takes else {}
         self.names = [*self.inputs, *self.weights, *self.outputs]
         self.num_io_tensors = len(self.names)
         self.streamable_weights_size = 0

@@ -152,6 +152,7 @@ def _build_decoders(flavor: Flavor, package: Package, options: BuildOptions, fol
     from llmtrt.graph.structure import load_graph, structure_digest, weights
 
     canonical = load_graph(package)
+    _lint(package, canonical, lowered=False)  # lowerings are written for graphs that keep to the contract
     structure = structure_digest(canonical)
     taken, one_row = {}, None
     if options.weights != "plan":
@@ -202,7 +203,6 @@ def _lowered(
     """The graph in the form that ``flavor`` takes; UserError where the linter knows that it would be refused or misread."""
     from llmtrt.graph.lowering import Target, lower
 
-    _lint(package, model, lowered=False)  # lowerings are written for graphs that keep to the contract
     weights = "inputs" if one_row or options.weights == "inputs" else "plan"
     model, names = lower(
         model, Target(flavor.name, flavor.capabilities, options.capacity, weights, one_row, CONTEXT_STEP)

@@ -119,7 +119,7 @@ class Engine:
             return None
         # what is unpacked of weights is as large for one sequence as for all
         most = max(said) if self._takes_inputs else max(said) * slots // self.max_batch
-        return max(most, *(self.manifest["one_row"] or {}).get("activations") or [0], 0)
+        return max([most, *((self.manifest["one_row"] or {}).get("activations") or [])])
 
     @property
     def profiles(self) -> list[dict]:

@@ -49,11 +49,10 @@ def refit(
 def own_package(engine: Engine, verify: bool) -> Package:
     """The package that ``engine`` was built from; UserError where it is not where the manifest says, or another by now."""
     if engine.package_path is None:
-        instead = f", or make an engine with weights by `llmtrt refit {engine.path} --package PACKAGE -o NEW_ENGINE`"
         raise UserError(
             f"{engine.path} holds no weights, and the package that it was built from is not at "
-            f"{engine.manifest['package'].get('path')} (from the engine's folder) or is another by now: put it back there"
-            f"{instead}"
+            f"{engine.manifest['package'].get('path')} (from the engine's folder) or is another by now: put it back there, "
+            f"or make an engine with weights by `llmtrt refit {engine.path} --package PACKAGE -o NEW_ENGINE`"
         )
     return open_package(engine.package_path, verify)
 

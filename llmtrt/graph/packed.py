@@ -16,7 +16,6 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-BYTES, SCALE, SCALE_HI = ".bytes", ".scale", ".scale_hi"  # endings of the names of the three
 SPAN, HALF = 128, 64
 _COLUMNS = 2048  # packed at a time, to bound memory
 _THREADS = 4
@@ -50,25 +49,25 @@ def spans(k: int) -> int:
 
 
 def arrays(name: str, matrices: Sequence[Matrix]) -> dict[str, ir.LazyTensor]:
-    """The tensors of ``matrices``, which have the same K and block, with their rows N one below the other; each is packed
-    when it is asked for."""
-    n, count, kind = sum(matrix.n for matrix in matrices), spans(matrices[0].k), matrices[0].scale.dtype
+    """The tensors of ``matrices``, which have the same K and block, with their rows N one below the other, by what they are:
+    bytes, scale, scale_hi. Each has ``name`` and that as its name, and is packed when it is asked for."""
+    n, count, scales = sum(matrix.n for matrix in matrices), spans(matrices[0].k), matrices[0].scale.dtype
 
     def lazy(
-        ending: str, make: Callable[[Matrix], np.ndarray], dtype: ir.DataType, *shape: int
+        kind: str, make: Callable[[Matrix], np.ndarray], dtype: ir.DataType, *shape: int
     ) -> tuple[str, ir.LazyTensor]:
         def stacked() -> ir.TensorProtocol:
             made = list(map(make, matrices))
             return ir.Tensor(made[0] if len(made) == 1 else np.concatenate(made), dtype=dtype)
 
-        return name + ending, ir.LazyTensor(stacked, dtype=dtype, shape=ir.Shape(shape), name=name + ending)
+        return kind, ir.LazyTensor(stacked, dtype=dtype, shape=ir.Shape(shape), name=f"{name}.{kind}")
 
     if matrices[0].block is None:
-        scale = lazy(SCALE, lambda matrix: matrix.scale.numpy(), kind, n)
-        return dict([lazy(BYTES, pack_int8, ir.DataType.INT8, n, count, SPAN), scale])
-    found = [lazy(BYTES, pack_int4, ir.DataType.INT8, n, count, HALF)]
-    halves = (SCALE,) if matrices[0].block >= SPAN else (SCALE, SCALE_HI)
-    found += [lazy(end, partial(pack_scale, half=half), kind, n, count, 1) for half, end in enumerate(halves)]
+        scale = lazy("scale", lambda matrix: matrix.scale.numpy(), scales, n)
+        return dict([lazy("bytes", pack_int8, ir.DataType.INT8, n, count, SPAN), scale])
+    found = [lazy("bytes", pack_int4, ir.DataType.INT8, n, count, HALF)]
+    halves = ("scale",) if matrices[0].block >= SPAN else ("scale", "scale_hi")
+    found += [lazy(kind, partial(pack_scale, half=half), scales, n, count, 1) for half, kind in enumerate(halves)]
     return dict(found)
 
 

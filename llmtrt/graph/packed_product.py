@@ -16,7 +16,7 @@ _LEAST_REDUCTION = 8
 def row(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
     """x [1, 1, K] → [1, 1, N] in one reduction over all of K, which TensorRT compiles into one kernel.
 
-    ``weights``: what ``packed.arrays`` gives, by the endings of the names without their dots.
+    ``weights``: the arrays of ``packed.arrays``.
     """
     return (_row_of_int8 if _whole_bytes(weights) else _row_of_int4)(new, x, weights, k, n)
 

@@ -300,13 +300,10 @@ class TrtSession:
         else:
             cuda.synchronize()
             self._measured["weights"] = max(0, self._free_at_start - cuda.free_bytes())
-        for plan in reversed(self._decoders()):
-            self._kv = KvCache(plan, cuda)
-            if (
-                not self._kv.aliased
-                or len(self._kv) != 2 * self.spec.layers
-                or self._kv.capacities() != {self._capacity}
-            ):
+        caches = [KvCache(plan, cuda) for plan in self._decoders()]
+        self._kv = caches[0]
+        for cache in caches:
+            if not cache.aliased or len(cache) != 2 * self.spec.layers or cache.capacities() != {self._capacity}:
                 raise UserError(
                     f"{self._path}: the plan's KV cache is not the one that the manifest describes, updated in place: build "
                     "the engine anew with `llmtrt build`"

@@ -79,8 +79,8 @@ def _pack(model: ir.Model, group: list[tuple[ir.Node, str, Matrix]], one_row: bo
     """One product in place of the MatMuls of ``group``, and of it the columns of each."""
     first, matrices = group[0][0], [matrix for *_, matrix in group]
     inputs, there = {}, {value.name: value for value in model.graph.inputs}
-    for name, tensor in packed.arrays("+".join(name for _, name, _ in group), matrices).items():
-        inputs[name.rsplit(".", 1)[-1]] = there.get(name) or _input(ir.val(name), tensor)
+    for kind, tensor in packed.arrays("+".join(name for _, name, _ in group), matrices).items():
+        inputs[kind] = there.get(tensor.name) or _input(ir.val(tensor.name), tensor)
     model.graph.inputs.extend(value for value in inputs.values() if value.name not in there)
     new, n = Rewrite(first), sum(matrix.n for matrix in matrices)
     y = (packed_product.row if one_row else packed_product.rows)(new, first.inputs[0], inputs, matrices[0].k, n)
