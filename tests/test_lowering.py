@@ -11,10 +11,11 @@ from llmtrt.engine.flavor import choose
 from llmtrt.engine.logger import make_logger
 from llmtrt.engine.parse import parse
 from llmtrt.errors import UserError
-from llmtrt.graph import packed
+from llmtrt.graph import packed, packed_product
 from llmtrt.graph.lowering import Lowering, Target, lower
 from llmtrt.graph.lowerings import LOWERINGS
 from llmtrt.graph.lowerings.weight_inputs import weight_of
+from llmtrt.graph.rewrite import Rewrite
 from llmtrt.graph.structure import load_graph
 from llmtrt.quantization.pipeline import quantize
 from llmtrt.quantization.recipe import Recipe
@@ -281,7 +282,9 @@ def test_weights_as_inputs_have_the_canonical_numbers(name, recipe, tolerance, o
         assert np.abs(ours.astype(np.float64) - expected).max() <= tolerance * np.ptp(expected.astype(np.float64))
 
 
-@pytest.mark.parametrize("k, block", [(128, 64), (192, 64), (64, 64), (256, 128), (384, 128), (512, 256)])
+@pytest.mark.parametrize(
+    "k, block", [(128, 64), (192, 64), (64, 64), (256, 128), (384, 128), (512, 256), (2048, 64), (4096, 128)]
+)
 def test_packed_weights_are_the_matrix(k, block):
     """The layout read as its description says, in float64."""
     rng, columns = np.random.default_rng(k), (6, 4)
@@ -294,13 +297,43 @@ def test_packed_weights_are_the_matrix(k, block):
         tensor = ir.PackedTensor(nibbles[::2] | nibbles[1::2] << 4, ir.DataType.INT4, shape=ir.Shape(q.shape))
         matrices.append(packed.Matrix(tensor, ir.tensor(scale), block))
         expected.append((q * np.repeat(scale.astype(np.float64), block, 0)).T)
-    v, scale, *more = (tensor.numpy().astype(np.float64) for tensor in packed.arrays("w", matrices).values())
-    scale_hi = more[0] if more else scale
-    assert len(more) == (block == 64)
-    assert v.shape == (10, -(-k // 128), 64) and scale.shape == scale_hi.shape == (10, -(-k // 128), 1)
+    arrays = {kind: tensor.numpy().astype(np.float64) for kind, tensor in packed.arrays("w", matrices).items()}
+    count, blocks = packed.slices(k), -(-k // 128)
+    scale, scale_hi = (
+        np.concatenate([arrays.get(f"{kind}_{index}", arrays[f"scale_{index}"]) for index in range(count)], 1) / 16
+        for kind in ("scale", "scale_hi")
+    )
+    assert len(arrays) == 1 + count * (1 + (block == 64)) and count == {2048: 2, 4096: 4}.get(k, 1)
+    v = arrays["bytes"]
+    assert v.shape == (10, blocks, 64) and scale.shape == scale_hi.shape == (10, blocks, 1)
     hi = np.floor(v / 16)
     found = np.stack([(v - 16 * hi - 8) * scale, hi * scale_hi], 2).reshape(10, -1)
     assert np.array_equal(found[:, :k], np.concatenate(expected)) and not found[:, k:].any()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("k, block", [(640, 64), (2048, 128), (2048, 64), (4096, 128), (14336, 128), (4096, None)])
+def test_a_product_of_packed_weights_is_the_matrix_product(k, block, rows):
+    """Of values as large as fp16 models have them, which no sum on the way may leave fp16 with; against float64."""
+    rng, n = np.random.default_rng(k), 12
+    q = rng.integers(-8, 8, (k, n)).astype(np.int8)
+    scale = rng.uniform(0.01, 0.02, (k // block, n) if block else n).astype(np.float16)
+    nibbles = (q & 15).astype(np.uint8).reshape(-1)
+    tensor = ir.PackedTensor(nibbles[::2] | nibbles[1::2] << 4, ir.DataType.INT4, shape=ir.Shape(q.shape))
+    arrays = packed.arrays("w", [packed.Matrix(tensor if block else ir.tensor(q), ir.tensor(scale), block)])
+    x = rng.standard_normal((1, rows, k)).astype(np.float16)
+    x[:, :, rng.integers(0, k, 3)] *= 1500 if block else 400  # massive activations
+    given = ir.val("x", ir.DataType.FLOAT16, x.shape)
+    node = ir.node("Identity", [given])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", given.type, ir.Shape([1, rows, n])
+    inputs = {kind: ir.val(kind, each.dtype, each.shape) for kind, each in arrays.items()}
+    graph = ir.Graph([given, *inputs.values()], node.outputs, nodes=[node], opset_imports={"": 24}, name="product")
+    new = Rewrite(node)
+    new.replace((packed_product.row if rows == 1 else packed_product.rows)(new, given, inputs, k, n))
+    (y,) = run(ir.Model(graph, ir_version=11), {"x": x} | {kind: each.numpy() for kind, each in arrays.items()})
+    wide = scale.astype(np.float64)
+    expected = x.astype(np.float64) @ (q * (np.repeat(wide, block, 0) if block else wide))
+    assert np.linalg.norm(y - expected) < 2e-3 * np.linalg.norm(expected)
 
 
 def test_a_matrix_that_cannot_be_packed_is_named(tmp_path):

@@ -3,10 +3,13 @@
 Each form has a layout for the weights, which ``pack`` makes of q [K, N] (−8 … 7) and scale [K / block, N], and which
 ``write`` puts into a graph. Bytes are v = 16 · hi + lo + 8, so that hi = ⌊v / 16⌋ and lo = v − 16 · hi − 8.
 
-Tried and dropped (benchmarks/gpu-projections-first.json; µs for a row of 4096 ↔ 14336 on an H100, where TensorRT's own form
-takes 30): columns or rows of K innermost, and a package's own bytes (148 to 177, 276 with TensorRT's INT4 type, which it
-takes apart a byte at a time); sums split along K (92); a scale that has to be unsqueezed (76: it loads one element at a
-time); blocks of 32 (147); a byte for two rows (30); unpacking with the halves put together (181 for 16 rows, against 106).
+Tried and dropped (µs for a row of 4096 ↔ 14336 on an H100, where TensorRT's own form takes 30).
+benchmarks/gpu-projections-first.json: columns or rows of K innermost, and a package's own bytes (148 to 177, 276 with
+TensorRT's INT4 type, which it takes apart a byte at a time); sums split along K (92); a scale that has to be unsqueezed, or
+is a slice of an array (76 and more: it loads one element at a time); blocks of 32 (147); a byte for two rows (30);
+unpacking with the halves put together (181 for 16 rows, against 106). benchmarks/gpu-projections-second.json: sums in fp32
+before the reduction (23 to 33), blocks scaled in a second kernel (24), four parts of a block (160), products in fp32 (330
+for 16 rows).
 """
 
 from collections.abc import Callable
@@ -16,10 +19,11 @@ from functools import partial, reduce
 import numpy as np
 import onnx_ir as ir
 
+from llmtrt.graph import packed, packed_product
 from llmtrt.graph.builder import GraphBuilder
 
 BLOCK, HALF_BLOCK = 128, 64
-HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+HALF = ir.DataType.FLOAT16
 Arrays = dict[str, np.ndarray]  # by what each is: bytes, scale, …
 Values = dict[str, ir.Value]
 
@@ -36,22 +40,60 @@ class Form:
     block: int = BLOCK
 
 
-def pack_spans(q: np.ndarray, scale: np.ndarray) -> Arrays:
-    """bytes [N, K / 128, 64]: byte j of a span has w[j] and w[j + 64]; scale [N, K / 128, 1], or of blocks of 64 two."""
-    spans = q.T.reshape(q.shape[1], -1, 2, HALF_BLOCK).astype(np.int16)
-    scales = scale.T.reshape(q.shape[1], spans.shape[1], -1)
-    named = dict(zip(("scale", "scale_hi"), np.split(scales, scales.shape[2], 2)))
-    found = {"bytes": (16 * spans[:, :, 1] + spans[:, :, 0] + 8).astype(np.int8)}
-    return found | {name: np.ascontiguousarray(each) for name, each in named.items()}
+def pack(q: np.ndarray, scale: np.ndarray) -> Arrays:
+    """As llmtrt does."""
+    nibbles = (q & 15).astype(np.uint8).reshape(-1)
+    tensor = ir.PackedTensor(nibbles[::2] | nibbles[1::2] << 4, ir.DataType.INT4, shape=ir.Shape(q.shape))
+    matrix = packed.Matrix(tensor, ir.tensor(scale), q.shape[0] // len(scale))
+    return {name: each.numpy() for name, each in packed.arrays("w", [matrix]).items()}
 
 
 def pack_int8(q: np.ndarray, scale: np.ndarray) -> Arrays:
-    """bytes [N, K], one weight each, and a scale for each row: another matrix, of the same size of numbers."""
-    return {"bytes": np.ascontiguousarray(q.T), "scale": np.ascontiguousarray(scale[:1].T)}
+    """One weight a byte, and a scale for each column: another matrix, of the same size of numbers."""
+    matrix = packed.Matrix(ir.tensor(q), ir.tensor(scale[0]), None)
+    return {name: each.numpy() for name, each in packed.arrays("w", [matrix]).items()}
+
+
+def pack_split(slices: int, at_once: int) -> Callable[[np.ndarray, np.ndarray], Arrays]:
+    """bytes as llmtrt's; scale_<c>_<i> [N / C, K / 128 / I, 1] for slice i of K of the c-th of C groups of columns."""
+
+    def split(q: np.ndarray, scale: np.ndarray) -> Arrays:
+        found = {"bytes": pack(q, scale)["bytes"]}
+        for c, group in enumerate(np.split(scale.T[..., None], at_once)):
+            found |= {f"scale_{c}_{i}": np.ascontiguousarray(each) for i, each in enumerate(np.split(group, slices, 1))}
+        return found
+
+    return split
 
 
 def pack_native(q: np.ndarray, scale: np.ndarray) -> Arrays:
     return {"q": q, "scale": scale}
+
+
+class Hand:
+    """A GraphBuilder, as llmtrt.graph.packed_product writes with."""
+
+    def __init__(self, g: GraphBuilder):
+        self.op, self._g = g.op, g
+
+    def ints(self, *values: int) -> ir.Value:
+        return self._g.constant(values)
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        return self._g.constant(array, array.dtype)
+
+    def scalar(self, value: float, dtype: ir.DataType) -> ir.Value:
+        return self._g.constant(value, dtype.numpy())
+
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return self.op("Cast", value, to=int(dtype))
+
+
+def write_packed(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
+    """As llmtrt does."""
+    product = packed_product.row if m == 1 else packed_product.rows
+    y = product(Hand(g), g.op("Reshape", x, g.constant([1, m, k])), w, k, n)
+    return g.op("Reshape", y, g.constant([m, n]))
 
 
 def _part(g: GraphBuilder, x: ir.Value, axis: int, index: int) -> ir.Value:
@@ -64,145 +106,55 @@ def _rows(g: GraphBuilder, x: ir.Value, m: int, one: Callable[[ir.Value], ir.Val
     return rows[0] if m == 1 else g.op("Concat", *rows, axis=0)
 
 
-def _split(g: GraphBuilder, bytes: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """lo and hi of the bytes, fp16."""
-    v = g.op("DequantizeLinear", bytes, g.constant(1, np.float16))
-    hi = g.op("Floor", g.op("Mul", v, g.constant(1 / 16, np.float16)))
-    lo = g.op("Sub", g.op("Sub", v, g.op("Mul", hi, g.constant(16, np.float16))), g.constant(8, np.float16))
-    return lo, hi
+def _apart(g: GraphBuilder, x: ir.Value, mix: list[list[float]]) -> ir.Value:
+    """Σ mix[i][j] · x[:, j] of x [b, 2, 64], as a kernel of its own: see llmtrt.graph.packed_product."""
+    factors = np.pad(np.array(mix, np.float16), ((0, 0), (0, 6)))[None, :, :, None]
+    x = g.op("Concat", *[g.op("Unsqueeze", x, g.constant([1]))] * 4, axis=2)
+    return g.op("ReduceSum", g.op("Mul", x, g.constant(factors, np.float16)), g.constant([2]), keepdims=0)
 
 
-def write_scale_last(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
-    """lo · x_a + hi · x_b in fp16, summed over the bytes of a block; blocks are scaled and summed in a second kernel."""
-    lo, hi = _split(g, w["bytes"])
-    scale = g.op("Reshape", w["scale"], g.constant([n, k // BLOCK]))
-
-    def one(row: ir.Value) -> ir.Value:
-        halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, HALF_BLOCK]))
-        p = g.op("Add", g.op("Mul", lo, _part(g, halves, 1, 0)), g.op("Mul", hi, _part(g, halves, 1, 1)))
-        sums = g.op("Mul", g.op("ReduceSum", p, g.constant([2]), keepdims=0), scale)
-        return g.op("ReduceSum", sums, g.constant([1]), keepdims=0)
-
-    return _rows(g, x, m, one)
-
-
-def write_two_scales(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
-    """lo · x_a and hi · x_b in fp16, each by its scale, in one kernel."""
-    lo, hi = _split(g, w["bytes"])
-
-    def one(row: ir.Value) -> ir.Value:
-        halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, HALF_BLOCK]))
-        a = g.op("Mul", g.op("Mul", lo, _part(g, halves, 1, 0)), w["scale"])
-        b = g.op("Mul", g.op("Mul", hi, _part(g, halves, 1, 1)), w["scale_hi"])
-        return g.op("ReduceSum", g.op("Add", a, b), g.constant([1, 2]), keepdims=0)
-
-    return _rows(g, x, m, one)
-
-
-def _apart(g: GraphBuilder, x: ir.Value, mix: list[list[float]], dtype: ir.DataType) -> ir.Value:
-    """Σ mix[i][j] · x[:, j] of x [b, 2, 64], in ``dtype`` [b, I, 64], as a kernel of its own: see
-    llmtrt.graph.lowerings.weight_inputs."""
-    factors = np.pad(np.array(mix, np.float32), ((0, 0), (0, 6)))[None, :, :, None]
-    x = g.op("Concat", *[g.op("Unsqueeze", g.cast(x, HALF, dtype), g.constant([1]))] * 4, axis=2)
-    return g.op("ReduceSum", g.op("Mul", x, g.constant(factors, dtype.numpy())), g.constant([2]), keepdims=0)
-
-
-def _hi(g: GraphBuilder, t: ir.Value, dtype: ir.DataType, how: str) -> ir.Value:
-    """hi of T = v / 16 = hi + (lo + 8) / 16. "floor", or "added": by adding what leaves no bits for a fraction."""
-    if how == "floor":
-        return g.op("Floor", t)
-    huge = g.constant(1.5 * 2 ** (23 if dtype == FLOAT else 10), dtype.numpy())
-    near = g.op("Sub", t, g.constant(15 / 32, dtype.numpy()))
-    return g.op("Sub", g.op("Add", near, huge), huge)
-
-
-def write_spans(parts: int, dtype: ir.DataType = FLOAT, how: str = "floor", offset: bool = True) -> Callable:
-    """T = v / 16, hi = ⌊T⌋, and Σ s · (T · 16 x_a + hi · (x_b − 16 x_a) − 8 x_a) in fp32, which loses nothing where the two
-    cancel. ``dtype`` of T and hi, which hold few bits; ``parts`` of a block are summed before the reduction; without
-    ``offset``, T less a half instead of the 8 x_a. With two scales: (T − hi) · 16 x_a − 8 x_a, and hi · x_b."""
+def write_split(parts: int, slices: int, at_once: int) -> Callable:
+    """llmtrt's form of a row, for each row, with ``parts`` of a block and ``slices`` of K added up before the reduction, and
+    ``at_once`` columns reduced by the same threads."""
 
     def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
-        width, apart = HALF_BLOCK // parts, "scale_hi" in w
-        bytes = g.op("Reshape", w["bytes"], g.constant([n, k // BLOCK, parts, width]))
-        lows, highs, single = [], [], partial(g.cast, source=dtype, target=FLOAT)
-        for part in range(parts):
-            t = g.op("DequantizeLinear", _part(g, bytes, 2, part), g.constant(1 / 16, dtype.numpy()))
-            hi = _hi(g, t, dtype, how)
-            low = g.op("Sub", t, hi) if apart else t
-            low = low if offset else g.op("Sub", low, g.constant(0.5, dtype.numpy()))
-            lows.append(single(low))
-            highs.append(single(hi))
-        mix = [[16, 0], [0 if apart else -16, 1]] + ([[-8, 0]] if offset else [])
-
-        def one(row: ir.Value) -> ir.Value:
-            halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, HALF_BLOCK]))
-            factors = g.op("Reshape", _apart(g, halves, mix, FLOAT), g.constant([k // BLOCK, len(mix), parts, width]))
-            sums = {"scale": [], "scale_hi": []}
-            for part, (low, high) in enumerate(zip(lows, highs)):
-                a, b, *c = (_part(g, _part(g, factors, 1, index), 1, part) for index in range(len(mix)))
-                low = g.op("Mul", low, a)
-                sums["scale"].append(g.op("Add", low, c[0]) if offset else low)
-                sums["scale_hi" if apart else "scale"].append(g.op("Mul", high, b))
-            add = partial(g.op, "Add")
-            scaled = [
-                g.op("Mul", reduce(add, each), g.cast(w[name], HALF, FLOAT)) for name, each in sums.items() if each
-            ]
-            return g.cast(g.op("ReduceSum", reduce(add, scaled), g.constant([1, 2]), keepdims=0), FLOAT, HALF)
-
-        return _rows(g, x, m, one)
-
-    return write
-
-
-def write_spans_half(parts: int) -> Callable:
-    """In fp16 up to the reduction, so that factors take half as much of the L1 cache; with lo / 16 = T − hi − 1/2 itself, as
-    the difference of large products would lose bits."""
-
-    def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
-        width = HALF_BLOCK // parts
-        bytes, numbers = g.op("Reshape", w["bytes"], g.constant([n, k // BLOCK, parts, width])), []
-        for part in range(parts):
-            t = g.op("DequantizeLinear", _part(g, bytes, 2, part), g.constant(1 / 16, np.float16))
+        width, blocks, numbers = HALF_BLOCK // parts, k // BLOCK // slices, {}
+        bytes = g.op("Reshape", w["bytes"], g.constant([at_once, n // at_once, slices, blocks, parts, width]))
+        for c, i, part in np.ndindex(at_once, slices, parts):
+            each = _part(g, _part(g, _part(g, bytes, 0, c), 1, i), 2, part)
+            t = g.op("DequantizeLinear", each, g.constant(1 / 16, np.float16))
             hi = g.op("Floor", t)
-            numbers.append((g.op("Sub", g.op("Sub", t, hi), g.constant(0.5, np.float16)), hi))
+            numbers[c, i, part] = g.op("Sub", g.op("Sub", t, hi), g.constant(0.5, np.float16)), hi
 
         def one(row: ir.Value) -> ir.Value:
             halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, HALF_BLOCK]))
-            factors = _apart(g, halves, [[16, 0], [0, 1]], HALF)
-            factors = g.op("Reshape", factors, g.constant([k // BLOCK, 2, parts, width]))
-            sums = [
-                g.op("Mul", each, _part(g, _part(g, factors, 1, index), 1, part))
-                for part, pair in enumerate(numbers)
-                for index, each in enumerate(pair)
-            ]
-            p = g.op("Mul", reduce(partial(g.op, "Add"), sums), w["scale"])
-            return g.op("ReduceSum", p, g.constant([1, 2]), keepdims=0)
+            factors = _apart(g, halves, [[16, 0], [0, 1]])
+            factors = g.op("Reshape", factors, g.constant([slices, blocks, 2, parts, width]))
+            columns = []
+            for c in range(at_once):
+                sums = []
+                for i in range(slices):
+                    products = [
+                        g.op("Mul", each, _part(g, _part(g, _part(g, factors, 0, i), 1, half), 1, part))
+                        for part in range(parts)
+                        for half, each in enumerate(numbers[c, i, part])
+                    ]
+                    sums.append(g.op("Mul", reduce(partial(g.op, "Add"), products), w[f"scale_{c}_{i}"]))
+                p = reduce(partial(g.op, "Add"), sums)
+                columns.append(g.op("ReduceSum", p, g.constant([1, 2]), keepdims=0))
+            return columns[0] if at_once == 1 else g.op("Concat", *columns, axis=0)
 
         return _rows(g, x, m, one)
-
-    return write
-
-
-def write_unpacked(dtype: ir.DataType) -> Callable:
-    """lo and hi each a matrix [N, K / 2] for its own half of x, for many rows. ``dtype``: of the products as written."""
-
-    def write(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
-        halves, sums = g.op("Reshape", x, g.constant([m, k // BLOCK, 2, HALF_BLOCK])), []
-        for index, part in enumerate(_split(g, w["bytes"])):
-            half = g.op("Reshape", _part(g, halves, 2, index), g.constant([m, k // 2]))
-            matrix = g.op("Reshape", g.op("Mul", part, w["scale"]), g.constant([n, k // 2]))
-            sums.append(g.op("Gemm", g.cast(half, HALF, dtype), g.cast(matrix, HALF, dtype), transB=1))
-        return g.cast(g.op("Add", *sums), dtype, HALF)
 
     return write
 
 
 def write_int8(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int) -> ir.Value:
-    v = g.op("DequantizeLinear", w["bytes"], g.constant(1, np.float16))
+    v = g.op("DequantizeLinear", g.op("Reshape", w["bytes"], g.constant([n, k])), g.constant(1, np.float16))
 
     def one(row: ir.Value) -> ir.Value:
-        sums = g.op("ReduceSum", g.op("Mul", v, row), g.constant([1]))
-        return g.op("Squeeze", g.op("Mul", sums, w["scale"]), g.constant([1]))
+        sums = g.op("ReduceSum", g.op("Mul", v, row), g.constant([1]), keepdims=0)
+        return g.op("Mul", sums, w["scale"])
 
     return _rows(g, x, m, one)
 
@@ -211,25 +163,18 @@ def write_native(g: GraphBuilder, x: ir.Value, w: Values, m: int, k: int, n: int
     return g.op("MatMul", x, g.op("DequantizeLinear", w["q"], w["scale"], axis=0, block_size=BLOCK))
 
 
-FEW, SOME, MANY = (1, 2, 4), (1, 2, 4, 8, 16), (16, 64, 512, 2048)
+FEW, MANY = (1, 2, 4), (16, 64, 512, 2048)
 FORMS = {
     "native": Form(pack_native, write_native, (1, 2, 4, 8, *MANY), constant=True),
     "native, weights as inputs": Form(pack_native, write_native, (1, 2, *MANY)),
-    "scale last": Form(pack_spans, write_scale_last, FEW),
-    "two scales, blocks of 64": Form(pack_spans, write_two_scales, FEW, block=64),
+    "packed": Form(pack, write_packed, (1, *MANY)),
+    "packed, blocks of 64": Form(pack, write_packed, (1, 512), block=64),
     **{
-        f"{parts} parts, {name}": Form(pack_spans, write_spans(parts, *how), SOME if parts == 2 else (1, 2))
-        for parts in (1, 2, 4)
-        for name, how in {
-            "half": (HALF,),
-            "float": (FLOAT,),
-            "float, added": (FLOAT, "added"),
-            "float, no offset": (FLOAT, "floor", False),
-        }.items()
+        f"{parts} parts, {slices} slices, {at_once} columns": Form(
+            pack_split(slices, at_once), write_split(parts, slices, at_once), FEW if slices == 2 else (1,)
+        )
+        for parts, slices, at_once in ((2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (2, 4, 1), (2, 1, 2), (2, 2, 2))
     },
-    **{f"{parts} parts, all half": Form(pack_spans, write_spans_half(parts), SOME) for parts in (1, 2, 4)},
-    "2 parts, float, blocks of 64": Form(pack_spans, write_spans(2), FEW, block=64),
-    "unpacked": Form(pack_spans, write_unpacked(HALF), (2, *MANY)),
-    "unpacked, in fp32": Form(pack_spans, write_unpacked(FLOAT), (16, 512)),
-    "int8": Form(pack_int8, write_int8, FEW),
+    "int8, packed": Form(pack_int8, write_packed, (1, 512)),
+    "int8, one sum": Form(pack_int8, write_int8, FEW),
 }

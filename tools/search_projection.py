@@ -2,6 +2,8 @@
 
 python tools/search_projection.py check [build]  # every form against float64 on ONNX Runtime; no GPU
 python tools/search_projection.py time [FORM…]   # on the GPU: microseconds a matrix, GB/s of weights, relative error
+
+With SHAPE=2048,8192 in the environment, of those sizes.
 """
 
 import multiprocessing
@@ -22,8 +24,8 @@ from trial_plan import Running, build
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt.graph.builder import GraphBuilder  # noqa: E402
 
-# Three pairs of matrices do not fit the L2 cache, so that each is read from memory.
-SHAPES, PAIRS = (4096, 14336), 3
+SHAPES = tuple(map(int, os.environ.get("SHAPE", "4096,14336").split(",")))
+PAIRS = -(-160_000_000 // (SHAPES[0] * SHAPES[1]))  # do not fit the L2 cache, so that each is read from memory
 _TYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16}
 
 
@@ -155,6 +157,8 @@ def time_form(folder: Path, name: str, m: int) -> dict:
     finally:
         running.close()
     size = SHAPES[0] * SHAPES[1] * (0.5 + 2 / FORMS[name].block)
+    if arrays:
+        size = sum(array.nbytes for each in arrays for array in each.values()) / 2
     return {"us_per_matrix": round(1e6 * matrix, 2), "gb_per_s": round(size / matrix / 1e9, 1)}
 
 
@@ -177,7 +181,7 @@ def main() -> None:
             if isinstance(found, dict):
                 results[f"{name}, {m} rows"] = time_form(Path(folder), name, m) | found
             print(f"{name}, {m} rows", results[f"{name}, {m} rows"], flush=True)
-    provenance.write("gpu-projections", results, ("numpy",), quiet=True)
+    provenance.write(f"gpu-projections-{SHAPES[0]}", results, ("numpy",), quiet=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Quantized weights in the layout whose one-row product TensorRT compiles into its fastest kernel. INT4, two numbers a byte:
 
-    bytes  INT8 [N, K' / 128, 64]   byte j of a block has w[j] and w[j + 64]: v = 16 · hi + lo + 8, hi = ⌊v / 16⌋
-    scale  [N, K' / 128, 1]         of the block; where blocks have 64, of lo, and scale_hi that of hi
+    bytes    INT8 [N, K' / 128, 64]   byte j of a block has w[j] and w[j + 64]: v = 16 · hi + lo + 8, hi = ⌊v / 16⌋
+    scale_i  [N, K' / 128 / I, 1]     16 × that of the block, of the i-th of I slices of K; where blocks have 64, that of lo,
+                                      and scale_hi_i that of hi
 
 and INT8, one a byte: bytes INT8 [N, K' / 128, 128], scale [N].
 
@@ -17,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 SPAN, HALF = 128, 64
+SCALED = 16  # so much larger than its own is a block's scale
 _COLUMNS = 2048  # packed at a time, to bound memory
 _THREADS = 4
 
@@ -48,9 +50,22 @@ def spans(k: int) -> int:
     return -(-k // SPAN)
 
 
+def slices(k: int) -> int:
+    """Into how many slices of K a row's product is split, which one thread adds up before threads add theirs.
+
+    TensorRT gives a row of up to 512 such sums to a warp, and of more to 128 threads, that read 8 bytes at a time: as few
+    sums as occupy either. The slices' scales are arrays of their own since it reads slices of one a number at a time.
+    """
+    for count in (4, 2):
+        sums = spans(k) * HALF // 2 // count
+        if spans(k) % count == 0 and (256 <= sums <= 512 or sums >= 1024):
+            return count
+    return 1
+
+
 def arrays(name: str, matrices: Sequence[Matrix]) -> dict[str, ir.LazyTensor]:
     """The tensors of ``matrices``, which have the same K and block, with their rows N one below the other, by what they are:
-    bytes, scale, scale_hi. Each has ``name`` and that as its name, and is packed when it is asked for."""
+    bytes, scale_0, …. Each has ``name`` and that as its name, and is packed when it is asked for."""
     n, count, scales = sum(matrix.n for matrix in matrices), spans(matrices[0].k), matrices[0].scale.dtype
 
     def lazy(
@@ -66,8 +81,12 @@ def arrays(name: str, matrices: Sequence[Matrix]) -> dict[str, ir.LazyTensor]:
         scale = lazy("scale", lambda matrix: matrix.scale.numpy(), scales, n)
         return dict([lazy("bytes", pack_int8, ir.DataType.INT8, n, count, SPAN), scale])
     found = [lazy("bytes", pack_int4, ir.DataType.INT8, n, count, HALF)]
-    halves = ("scale",) if matrices[0].block >= SPAN else ("scale", "scale_hi")
-    found += [lazy(kind, partial(pack_scale, half=half), scales, n, count, 1) for half, kind in enumerate(halves)]
+    parts = slices(matrices[0].k)
+    for half, kind in enumerate(("scale",) if matrices[0].block >= SPAN else ("scale", "scale_hi")):
+        found += [
+            lazy(f"{kind}_{part}", partial(pack_scale, half=half, part=part), scales, n, count // parts, 1)
+            for part in range(parts)
+        ]
     return dict(found)
 
 
@@ -101,9 +120,10 @@ def pack_int4(matrix: Matrix) -> np.ndarray:
     return found.view(np.int8)
 
 
-def pack_scale(matrix: Matrix, half: int) -> np.ndarray:
-    """The scales [N, K' / 128, 1] of the lower (0) or upper (1) half of each block of 128."""
+def pack_scale(matrix: Matrix, half: int, part: int) -> np.ndarray:
+    """16 × the scales [N, K' / 128 / I, 1] of the lower (0) or upper (1) half of each block of 128, of slice ``part``."""
     scale = matrix.scale.numpy()
-    at = np.arange(spans(matrix.k)) * SPAN + half * HALF
+    count = spans(matrix.k) // slices(matrix.k)
+    at = np.arange(part * count, (part + 1) * count) * SPAN + half * HALF
     rows = np.minimum(at // matrix.block, len(scale) - 1)  # behind the end there are zeros, whatever their scale
-    return np.ascontiguousarray(scale[rows].T)[..., None]
+    return np.ascontiguousarray(scale[rows].T * scale.dtype.type(SCALED))[..., None]

@@ -5,7 +5,7 @@ from functools import partial, reduce
 import numpy as np
 import onnx_ir as ir
 
-from llmtrt.graph.packed import HALF, SPAN, spans
+from llmtrt.graph.packed import HALF, SCALED, SPAN, spans
 from llmtrt.graph.rewrite import Rewrite
 
 _FLOAT = ir.DataType.FLOAT
@@ -39,62 +39,65 @@ def _padded(new: Rewrite, x: ir.Value, k: int, *lead: int) -> ir.Value:
     return new.op("Reshape", x, new.ints(*lead, spans(k), 2, HALF))
 
 
+def _scales(weights: dict[str, ir.Value]) -> list[tuple[ir.Value, ...]]:
+    """Of each slice of K, that of its blocks or those of their halves."""
+    halves = ("scale", "scale_hi") if "scale_hi_0" in weights else ("scale",)
+    count = sum(name.startswith("scale") for name in weights) // len(halves)
+    return [tuple(weights[f"{half}_{index}"] for half in halves) for index in range(count)]
+
+
 def _take(new: Rewrite, x: ir.Value, axis: int, index: int) -> ir.Value:
     return new.op("Gather", x, new.constant(np.array(index)), axis=axis)
 
 
 def _row_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
-    """With T = v / 16 = hi + (lo + 8) / 16, Σ lo · x_a + hi · x_b is Σ T · 16 x_a + hi · (x_b − 16 x_a) − 8 x_a: few
-    instructions a byte, which the kernel's time goes by (tools/search_projection.py). It is computed in fp32, as the
-    first two nearly cancel. With a scale for each of lo and hi it is (T − hi) · 16 x_a − 8 x_a and hi · x_b.
+    """Σ 16 s · ((T − hi − 1/2) · x_a + hi · x_b / 16) with T = v / 16 = hi + (lo + 8) / 16, in the dtype of x up to the
+    reduction, which is in fp32: so few instructions and registers a byte that memory is what the kernel waits for.
     """
-    dtype, b, width = weights["scale"].dtype, spans(k), HALF // _PARTS
-    apart = "scale_hi" in weights
-    bytes = new.op("Reshape", weights["bytes"], new.ints(n, b, _PARTS, width))
-    mix = np.array([[16, 0], [0 if apart else -16, 1], [-8, 0]], np.float32)
-    factors = _by_itself(new, new.cast(_padded(new, x, k), _FLOAT), mix)
-    factors = new.op("Reshape", factors, new.ints(b, len(mix), _PARTS, width))
-    lows, highs = [], []
-    for part in range(_PARTS):
-        a, c, offset = (_take(new, _take(new, factors, 1, index), 1, part) for index in range(len(mix)))
-        t = new.op("DequantizeLinear", _take(new, bytes, 2, part), new.scalar(1 / 16, _FLOAT))
-        hi = new.op("Floor", t)
-        lows.append(new.op("Add", new.op("Mul", new.op("Sub", t, hi) if apart else t, a), offset))
-        highs.append(new.op("Mul", hi, c))
-    add = partial(new.op, "Add")
-    if apart:
-        scaled = (
-            new.op("Mul", reduce(add, each), new.cast(weights[name], _FLOAT))
-            for each, name in ((lows, "scale"), (highs, "scale_hi"))
-        )
-        p = add(*scaled)
-    else:
-        p = new.op("Mul", reduce(add, map(add, lows, highs)), new.cast(weights["scale"], _FLOAT))
-    y = new.cast(new.op("ReduceSum", p, new.ints(1, 2), keepdims=0), dtype)
-    return new.op("Reshape", y, new.ints(1, 1, n))
+    scales = _scales(weights)
+    dtype, count, width = scales[0][0].dtype, len(scales), HALF // _PARTS
+    bytes = new.op("Reshape", weights["bytes"], new.ints(n, count, spans(k) // count, _PARTS, width))
+    factors = _by_itself(new, _padded(new, x, k), np.diag([1, 1 / SCALED]), dtype)
+    factors = new.op("Reshape", factors, new.ints(count, spans(k) // count, 2, _PARTS, width))
+    add, sums = partial(new.op, "Add"), []
+    for index, scale in enumerate(scales):
+        lows, highs = [], []
+        for part in range(_PARTS):
+            v = _take(new, _take(new, bytes, 1, index), 2, part)
+            a, b = (_take(new, _take(new, _take(new, factors, 0, index), 1, half), 1, part) for half in range(2))
+            t = new.op("DequantizeLinear", v, new.scalar(1 / SCALED, dtype))
+            hi = new.op("Floor", t)
+            lows.append(new.op("Mul", new.op("Sub", new.op("Sub", t, hi), new.scalar(1 / 2, dtype)), a))
+            highs.append(new.op("Mul", hi, b))
+        if len(scale) == 1:
+            sums.append(new.op("Mul", reduce(add, map(add, lows, highs)), scale[0]))
+        else:
+            sums += [new.op("Mul", reduce(add, each), of) for each, of in zip((lows, highs), scale)]
+    return new.op("Reshape", new.op("ReduceSum", reduce(add, sums), new.ints(1, 2), keepdims=0), new.ints(1, 1, n))
 
 
 def _row_of_int8(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
-    """The same of whole bytes: Σ w · x in fp32, times the column's scale."""
-    b, width = spans(k), SPAN // _PARTS
+    """Σ w · x / 128, which no sum of two leaves fp16 with, and 128 times the column's scale."""
+    dtype, b, width = weights["scale"].dtype, spans(k), SPAN // _PARTS
     bytes = new.op("Reshape", weights["bytes"], new.ints(n, b, _PARTS, width))
-    factors = _by_itself(new, new.cast(_padded(new, x, k), _FLOAT), np.eye(2, dtype=np.float32))
+    factors = _by_itself(new, _padded(new, x, k), np.eye(2) / SPAN, dtype)
     factors = new.op("Reshape", factors, new.ints(b, _PARTS, width))
     products = [
         new.op(
             "Mul",
-            new.op("DequantizeLinear", _take(new, bytes, 2, part), new.scalar(1, _FLOAT)),
+            new.op("DequantizeLinear", _take(new, bytes, 2, part), new.scalar(1, dtype)),
             _take(new, factors, 1, part),
         )
         for part in range(_PARTS)
     ]
     sums = new.op("ReduceSum", reduce(partial(new.op, "Add"), products), new.ints(1, 2), keepdims=0)
-    y = new.cast(new.op("Mul", sums, new.cast(weights["scale"], _FLOAT)), weights["scale"].dtype)
+    scale = new.op("Mul", new.cast(weights["scale"], _FLOAT), new.scalar(SPAN, _FLOAT))
+    y = new.cast(new.op("Mul", new.cast(sums, _FLOAT), scale), dtype)
     return new.op("Reshape", y, new.ints(1, 1, n))
 
 
-def _by_itself(new: Rewrite, x: ir.Value, mix: np.ndarray) -> ir.Value:
-    """Σ mix[i, j] · x[:, j] of fp32 x [b, 2, 64]: [b, I, 64], in a kernel of its own.
+def _by_itself(new: Rewrite, x: ir.Value, mix: np.ndarray, dtype: ir.DataType) -> ir.Value:
+    """Σ mix[i, j] · x[:, j] of x [b, 2, 64] of ``dtype``: [b, I, 64], in a kernel of its own.
 
     What computes x would otherwise be computed again for every row of the matrix that it is multiplied with: TensorRT fuses
     everything into a reduction but another reduction, and a sum of fewer than 8 it writes out (as the kernels show that a
@@ -103,20 +106,20 @@ def _by_itself(new: Rewrite, x: ir.Value, mix: np.ndarray) -> ir.Value:
     copies = _LEAST_REDUCTION // 2
     factors = np.concatenate([mix] + [np.zeros_like(mix)] * (copies - 1), 1)[None, :, :, None]
     x = new.op("Concat", *[new.op("Unsqueeze", x, new.ints(1))] * copies, axis=2)
-    return new.op("ReduceSum", new.op("Mul", x, new.constant(factors)), new.ints(2), keepdims=0)
+    return new.op("ReduceSum", new.op("Mul", x, new.constant(factors.astype(dtype.numpy()))), new.ints(2), keepdims=0)
 
 
 def _rows_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
     """lo and hi unpacked into a matrix each, for the columns of x that they are for."""
-    dtype = weights["scale"].dtype
-    parts, columns = _padded(new, x, k, -1), spans(k) * HALF
-    v = new.op("DequantizeLinear", weights["bytes"], new.scalar(1, dtype))
-    hi = new.op("Floor", new.op("Mul", v, new.scalar(1 / 16, dtype)))
-    lo = new.op("Sub", new.op("Sub", v, new.op("Mul", hi, new.scalar(16, dtype))), new.scalar(8, dtype))
-    products = []
-    for index, (half, scale) in enumerate(((lo, "scale"), (hi, "scale_hi" if "scale_hi" in weights else "scale"))):
+    scales = [each[0] if len(each) == 1 else new.op("Concat", *each, axis=1) for each in zip(*_scales(weights))]
+    dtype, parts, columns, products = weights["scale_0"].dtype, _padded(new, x, k, -1), spans(k) * HALF, []
+    t = new.op("DequantizeLinear", weights["bytes"], new.scalar(1 / SCALED, dtype))
+    hi = new.op("Floor", t)
+    lo = new.op("Sub", new.op("Sub", t, hi), new.scalar(1 / 2, dtype))
+    hi = new.op("Mul", hi, new.scalar(1 / SCALED, dtype))
+    for index, half in enumerate((lo, hi)):
         part = new.op("Reshape", _take(new, parts, 2, index), new.ints(-1, columns))
-        matrix = new.op("Reshape", new.op("Mul", half, weights[scale]), new.ints(n, columns))
+        matrix = new.op("Reshape", new.op("Mul", half, scales[index % len(scales)]), new.ints(n, columns))
         products.append(new.op("Gemm", part, matrix, transB=1))
     return _shaped(new, new.op("Add", *products), x, n)
 
