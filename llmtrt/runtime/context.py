@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from llmtrt.engine.flavor import Flavor
 from llmtrt.errors import UserError
 from llmtrt.runtime.cuda import Cuda, Region
@@ -39,6 +41,17 @@ class Settings:
             raise UserError(f"kernel_specialization should be {', '.join(kinds)}, but is {self.specialization!r}")
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """``bytes``: None where they depend on shapes that are set. ``alias``: the input that an output is one buffer with."""
+
+    name: str
+    is_input: bool
+    itemsize: int
+    bytes: int | None
+    alias: str | None
+
+
 class Context:
     """One IExecutionContext of ``engine`` in one optimization profile; ``state`` is the caller's note of what it is
     prepared for, ``shapes`` the inputs' shapes as they are set."""
@@ -53,7 +66,7 @@ class Context:
         cuda: Cuda,
         logger: Any,
     ):
-        self._engine, self._cuda, self._logger = engine, cuda, logger
+        self._cuda, self._logger = cuda, logger
         self._user_managed = settings.allocation == "user"
         self._context = _make(flavor, engine, settings, kernels)
         if self._context is None or not self._context.set_optimization_profile_async(profile, cuda.stream):
@@ -61,7 +74,14 @@ class Context:
         cuda.synchronize()
         self.state: object = None
         self.shapes: Shapes | None = None
-        self._needed = 0
+        self._needed, self._known = 0, {}
+        self._tensors, self._bound = _tensors_of(engine), {}
+
+    def needs(self, shapes: Shapes) -> int:
+        """The bytes of activation memory for the inputs' ``shapes``; sets them where that is not known yet, which takes
+        TensorRT some milliseconds."""
+        key = tuple(shapes.items())
+        return self._known[key] if key in self._known else self.set_shapes(shapes)
 
     def set_shapes(self, shapes: Shapes) -> int:
         """Sets the inputs' shapes and returns the bytes of activation memory that ``bind`` has to be given for them."""
@@ -74,6 +94,7 @@ class Context:
                 raise RuntimeError(f"TensorRT refuses the shape {shape} for {name}: {self._logger.reason()}")
         self._needed = self._context.update_device_memory_size_for_shapes() if self._user_managed else 0
         self.shapes = shapes
+        self._known[tuple(shapes.items())] = self._needed
         return self._needed
 
     def bind(self, places: Mapping[str, Region], activations: Region) -> None:
@@ -83,25 +104,25 @@ class Context:
         TensorRT may write an output before later layers have read the input. Only what the plan itself declares to be
         one buffer, the KV cache, may be.
         """
-        engine, context = self._engine, self._context
-        inputs, outputs = [], []
-        for index in range(engine.num_io_tensors):
-            name = engine.get_tensor_name(index)
-            shape, region = tuple(context.get_tensor_shape(name)), places[name]
-            if prod(shape) * engine.get_tensor_dtype(name).itemsize > region.size:
-                raise RuntimeError(f"{name} {shape} does not fit its {region.size} bytes")
-            is_input = engine.get_tensor_mode(name).name == "INPUT"
-            (inputs if is_input else outputs).append((name, region))
-        for name, region in outputs:
-            alias = engine.get_aliased_input_tensor(name)
-            for other, place in inputs:
-                if other != alias and region.overlaps(place):
-                    raise RuntimeError(f"the output {name} would overwrite the input {other}")
-        for name, region in inputs + outputs:
-            if not context.set_tensor_address(name, region.address):
+        context, moved = self._context, []
+        for tensor in self._tensors:
+            region, size = places[tensor.name], tensor.bytes
+            if size is None:
+                size = prod(tuple(context.get_tensor_shape(tensor.name))) * tensor.itemsize
+            if size > region.size:
+                shape = tuple(context.get_tensor_shape(tensor.name))
+                raise RuntimeError(f"{tensor.name} {shape} does not fit its {region.size} bytes")
+            if self._bound.get(tensor.name) != region:
+                moved.append(tensor.name)
+        if moved:
+            self._require_apart(places)
+        for name in moved:
+            self._bound.pop(name, None)
+            if not context.set_tensor_address(name, places[name].address):
                 raise RuntimeError(
                     f"TensorRT refuses the memory for {name}: {self._logger.reason() or 'it gave no reason'}"
                 )
+            self._bound[name] = places[name]
         if self._user_managed:
             self._logger.clear()
             context.set_device_memory(activations.address, activations.size)
@@ -111,6 +132,18 @@ class Context:
                     f"{self._logger.reason() or 'too few'}"
                 )
 
+    def _require_apart(self, places: Mapping[str, Region]) -> None:
+        inputs = [tensor.name for tensor in self._tensors if tensor.is_input]
+        starts = np.array([places[name].address for name in inputs])
+        ends = starts + np.array([places[name].size for name in inputs])
+        for tensor in self._tensors:
+            if tensor.is_input:
+                continue
+            region = places[tensor.name]
+            for index in np.flatnonzero((starts < region.address + region.size) & (ends > region.address)):
+                if inputs[index] != tensor.alias:
+                    raise RuntimeError(f"the output {tensor.name} would overwrite the input {inputs[index]}")
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of an output for the inputs' shapes as they are set."""
         return tuple(self._context.get_tensor_shape(name))
@@ -119,6 +152,16 @@ class Context:
         """Puts one execution on the stream (enqueueV3)."""
         if not self._context.execute_async_v3(self._cuda.stream):
             raise RuntimeError(f"TensorRT could not run a step: {self._logger.reason() or 'it gave no reason'}")
+
+
+def _tensors_of(engine: Any) -> list[_Tensor]:
+    found = []
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        shape, itemsize = tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name).itemsize
+        is_input = engine.get_tensor_mode(name).name == "INPUT"
+        alias = None if is_input else engine.get_aliased_input_tensor(name)
+        found.append(_Tensor(name, is_input, itemsize, None if -1 in shape else prod(shape) * itemsize, alias))
+    return found
 
 
 def _make(flavor: Flavor, engine: Any, settings: Settings, kernels: KernelCache) -> Any:

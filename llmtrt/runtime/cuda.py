@@ -18,9 +18,6 @@ class Region(NamedTuple):
     address: int
     size: int
 
-    def overlaps(self, other: "Region") -> bool:
-        return self.address < other.address + other.size and other.address < self.address + self.size
-
 
 class Cuda:
     """One device's memory and one stream of work on it. ``close`` frees all that was made through it.

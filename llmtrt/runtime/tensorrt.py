@@ -15,7 +15,7 @@ from llmtrt.engine.options import CONTEXT_STEP
 from llmtrt.engine.refit import refit
 from llmtrt.errors import UserError
 from llmtrt.package import Package
-from llmtrt.runtime.context import Context, Settings
+from llmtrt.runtime.context import Context, Settings, Shapes
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.decode import DecodeLoop, DecodeState
 from llmtrt.runtime.footprint import Footprint, MemoryUse, predict, room_for_weights, state_bytes
@@ -383,18 +383,18 @@ class TrtSession:
     def _bound_sampler(self, context: Context, plan: str, batch: int, places: dict[str, Region]) -> Context:
         """``context`` of a sampler, made ready for ``batch`` rows of logits, unless it is."""
         if context.state != self._layout:
-            self._grow_activations(self._shape_sampler(context, plan, batch))
+            self._grow_activations(context.set_shapes(self._sampler_shapes(plan, batch)))
             context.bind(places | {"logits": self._logits}, self._activations)
             context.state = self._layout
         return context
 
-    def _shape_sampler(self, context: Context, plan: str, batch: int) -> int:
+    def _sampler_shapes(self, plan: str, batch: int) -> Shapes:
         engine, shapes = self._engines[plan], {}
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
             if engine.get_tensor_mode(name).name == "INPUT":
                 shape = engine.get_tensor_shape(name)
                 shapes[name] = (batch, *(self._capacity if size < 0 else size for size in tuple(shape)[1:]))
-        return context.set_shapes(shapes)
+        return shapes
 
     def _prepared(
         self, context: Context, first: int, shapes: tuple[int, int, int, int], inputs: dict[str, Region]
@@ -403,7 +403,7 @@ class TrtSession:
         if context.state != (first, *shapes, self._layout):
             batch, _, wanted, _ = shapes
             self._grow_logits(batch * wanted * self.spec.vocab_size)
-            self._grow_activations(self._shape(context, shapes))
+            self._grow_activations(context.set_shapes(self._shapes(*shapes)))
             places = self._kv.places(first) | inputs | {"kv_range": self._range, "logits": self._logits}
             places |= self._weights.places() if self._weights else {}
             context.bind(places | self._debug_places(context), self._activations)
@@ -411,10 +411,9 @@ class TrtSession:
             self._prepared_count += 1
         return context
 
-    def _shape(self, context: Context, shapes: tuple[int, int, int, int]) -> int:
-        batch, rows, wanted, length = shapes
+    def _shapes(self, batch: int, rows: int, wanted: int, length: int) -> Shapes:
         named = {"input_ids": (batch, rows), "positions": (batch, rows), "logits_index": (batch, wanted)}
-        return context.set_shapes(named | {"kv_range": (length,)} | self._kv.shapes(batch))
+        return named | {"kv_range": (length,)} | self._kv.shapes(batch)
 
     def _bucket(self, length: int) -> int:
         """The rows of cache that a step sees whose last position is ``length`` − 1. Each is a shape of its own, with a graph
@@ -434,16 +433,15 @@ class TrtSession:
             samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
         decoding = [(PLAN, slots)] if slots > 1 or DECODE not in self._engines else []
         decoding += [(DECODE, 1)] if DECODE in self._engines else []
+        rows, prefill = min(self.chunk, max_seq), self._context(PLAN, _PREFILL)
         activations = max(
             *(
-                self._shape(self._context(plan, _DECODE, count, length), (count, 1, 1, length))
+                self._context(plan, _DECODE, count, length).needs(self._shapes(count, 1, 1, length))
                 for plan, count in decoding
             ),
-            self._shape(self._context(PLAN, _PREFILL), (1, min(self.chunk, max_seq), 1, length)),
-            self._shape(
-                self._context(PLAN, _PREFILL), (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)
-            ),
-            *(self._shape_sampler(self._context(plan, 0, count), plan, count) for plan, count in samplers),
+            prefill.needs(self._shapes(1, rows, 1, length)),
+            prefill.needs(self._shapes(side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)),
+            *(self._context(plan, 0, count).needs(self._sampler_shapes(plan, count)) for plan, count in samplers),
         )
         if self._streaming_scratch:
             # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
