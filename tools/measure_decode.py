@@ -4,7 +4,7 @@ python tools/measure_decode.py FOLDER {8b,1b} STAGE…     # FOLDER keeps packag
 
 build     random INT4 weights, the head's too: engines with them in the plan or as inputs, for short and long contexts
 speed     prompt 512, 128 new tokens: tokens/s, TTFT of 512 and 2,048 tokens, a token's time split by kernels; memory
-context   steps behind 512 and behind 8,192 tokens, in a cache of about 1,024 rows and in one of more than 32,768; prefill
+context   steps behind 512 and behind 8,192 tokens, in a cache of 3,072 rows and in one of more than 32,768; prefill
 peer      transformers, fp16, static cache, compiled: the same prompt and tokens
 """
 
@@ -40,11 +40,9 @@ from llmtrt.evaluate.speed import Case, measure  # noqa: E402
 
 LONG = 32768
 ENGINES = {
-    "plan": {"max_seq": 2560},
+    "plan": {"max_seq": 8192 + 1024, "chunk": 2048},
     "inputs": {"max_seq": 2560, "weights": "inputs"},
-    "inputs, short": {"max_seq": 704, "weights": "inputs"},
     "inputs, long": {"max_seq": LONG, "chunk": 2048, "weights": "inputs"},
-    "plan, 8192": {"max_seq": 8192 + 1024, "chunk": 2048},
 }
 
 
@@ -71,9 +69,13 @@ def ids_of(llm: LLM, count: int) -> list[int]:
 
 def speed(folder: Path, shape: str) -> dict:
     results = {}
-    for name in ("plan", "inputs"):
+    for name, settings in {
+        "plan": {},
+        "inputs": {},
+        "inputs, EAGER": {"kernel_specialization": "EAGER"},
+    }.items():
         with Peak() as peak:
-            llm, seconds = load(engine_folder(folder, name))
+            llm, seconds = load(engine_folder(folder, name.split(",")[0]), **settings)
             found = {"load_seconds": round(seconds, 2), **rates(llm, Case(PROMPT, NEW))}
         found["ttft_2048_ms"] = rates(llm, Case(2048, 2))["ttft_ms"]
         found["memory"] = llm.memory().to_json() | {"peak": peak.bytes}
@@ -97,9 +99,9 @@ def speed(folder: Path, shape: str) -> dict:
 
 def context(folder: Path, shape: str) -> dict:
     cases = {
-        "inputs, short": [Case(PROMPT, NEW)],
+        "inputs": [Case(PROMPT, NEW)],
         "inputs, long": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
-        "plan, 8192": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
+        "plan": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
     }
     results: dict = {}
     for name, asked in cases.items():
