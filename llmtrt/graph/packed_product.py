@@ -56,44 +56,42 @@ def _row_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int
     """
     scales = _scales(weights)
     dtype, count, width = scales[0][0].dtype, len(scales), HALF // _PARTS
-    bytes = new.op("Reshape", weights["bytes"], new.ints(n, count, spans(k) // count, _PARTS, width))
+    blocks, add = spans(k) // count, partial(new.op, "Add")
     factors = _by_itself(new, _padded(new, x, k), np.diag([1, 1 / SCALED]), dtype)
-    factors = new.op("Reshape", factors, new.ints(count, spans(k) // count, 2, _PARTS, width))
-    add, sums = partial(new.op, "Add"), []
-    for index, scale in enumerate(scales):
-        lows, highs = [], []
-        for part in range(_PARTS):
-            v = _take(new, _take(new, bytes, 1, index), 2, part)
-            a, b = (_take(new, _take(new, _take(new, factors, 0, index), 1, half), 1, part) for half in range(2))
-            t = new.op("DequantizeLinear", v, new.scalar(1 / SCALED, dtype))
-            hi = new.op("Floor", t)
-            lows.append(new.op("Mul", new.op("Sub", new.op("Sub", t, hi), new.scalar(1 / 2, dtype)), a))
-            highs.append(new.op("Mul", hi, b))
-        if len(scale) == 1:
-            sums.append(new.op("Mul", reduce(add, map(add, lows, highs)), scale[0]))
-        else:
-            sums += [new.op("Mul", reduce(add, each), of) for each, of in zip((lows, highs), scale)]
+    factors = new.op("Reshape", factors, new.ints(count, blocks, 2, _PARTS, width))
+    t = new.op("DequantizeLinear", weights["bytes"], new.scalar(1 / SCALED, dtype))
+    hi = new.op("Floor", t)
+    lo = new.op("Sub", new.op("Sub", t, hi), new.scalar(1 / 2, dtype))
+    halves = [
+        new.op(
+            "Mul",
+            new.op("Reshape", each, new.ints(n, count, blocks, _PARTS, width)),
+            _take(new, factors, 2, half),
+        )
+        for half, each in enumerate((lo, hi))
+    ]
+    # Slices are taken late: TensorRT reads the same either way, and compiles a graph in the square of its nodes.
+    halves = halves if len(scales[0]) == 2 else [add(*halves)]
+    halves = [reduce(add, (_take(new, each, 3, part) for part in range(_PARTS))) for each in halves]
+    sums = (
+        new.op("Mul", _take(new, each, 1, index), of)
+        for index, scale in enumerate(scales)
+        for each, of in zip(halves, scale)
+    )
     return new.op("Reshape", new.op("ReduceSum", reduce(add, sums), new.ints(1, 2), keepdims=0), new.ints(1, 1, n))
 
 
 def _row_of_int8(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
     """Σ w · x / 128, which no sum of two leaves fp16 with, and 128 times the column's scale."""
-    dtype, b, width = weights["scale"].dtype, spans(k), SPAN // _PARTS
-    bytes = new.op("Reshape", weights["bytes"], new.ints(n, b, _PARTS, width))
+    dtype, blocks, width = weights["scale"].dtype, spans(k), SPAN // _PARTS
     factors = _by_itself(new, _padded(new, x, k), np.eye(2) / SPAN, dtype)
-    factors = new.op("Reshape", factors, new.ints(b, _PARTS, width))
-    products = [
-        new.op(
-            "Mul",
-            new.op("DequantizeLinear", _take(new, bytes, 2, part), new.scalar(1, dtype)),
-            _take(new, factors, 1, part),
-        )
-        for part in range(_PARTS)
-    ]
-    sums = new.op("ReduceSum", reduce(partial(new.op, "Add"), products), new.ints(1, 2), keepdims=0)
+    v = new.op("DequantizeLinear", weights["bytes"], new.scalar(1, dtype))
+    p = new.op("Mul", v, new.op("Reshape", factors, new.ints(blocks, SPAN)))
+    p = new.op("Reshape", p, new.ints(n, blocks, _PARTS, width))
+    p = reduce(partial(new.op, "Add"), (_take(new, p, 2, part) for part in range(_PARTS)))
+    sums = new.cast(new.op("ReduceSum", p, new.ints(1, 2), keepdims=0), _FLOAT)
     scale = new.op("Mul", new.cast(weights["scale"], _FLOAT), new.scalar(SPAN, _FLOAT))
-    y = new.cast(new.op("Mul", new.cast(sums, _FLOAT), scale), dtype)
-    return new.op("Reshape", y, new.ints(1, 1, n))
+    return new.op("Reshape", new.cast(new.op("Mul", sums, scale), dtype), new.ints(1, 1, n))
 
 
 def _by_itself(new: Rewrite, x: ir.Value, mix: np.ndarray, dtype: ir.DataType) -> ir.Value:
