@@ -254,7 +254,9 @@ def run_in(folder, model: ir.Model, feeds: dict) -> list[np.ndarray]:
     return session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()})
 
 
-@pytest.mark.parametrize("one_row", [True, False], ids=["one row", "rows"])
+@pytest.mark.parametrize(
+    "one_row, capacity", [(True, 512), (True, 8192), (False, 512)], ids=["one row", "one row of a long cache", "rows"]
+)
 @pytest.mark.parametrize(
     "name, recipe, tolerance",
     [
@@ -267,15 +269,19 @@ def run_in(folder, model: ir.Model, feeds: dict) -> list[np.ndarray]:
         ("qwen3", Recipe("none"), 1e-2),
     ],
 )
-def test_weights_as_inputs_have_the_canonical_numbers(name, recipe, tolerance, one_row, tmp_path):
+def test_weights_as_inputs_have_the_canonical_numbers(name, recipe, tolerance, one_row, capacity, tmp_path):
     package, model = package_graph(name, tmp_path, recipe)
-    lowered, names = lower(model, Target("rtx", frozenset(), 512, "inputs", one_row))
+    lowered, names = lower(model, Target("rtx", frozenset(), capacity, "inputs", one_row))
     assert "weight_inputs" in names and ("split_attention" in names) == one_row
     kinds = {node.op_type for node in lowered.graph}
     assert "MatMulNBits" not in kinds and not (one_row and "Attention" in kinds)
     left = [value.const_value.nbytes for value in lowered.graph.initializers.values()]
     assert max(left) <= 4 * max(package.spec.vocab_size, 512)  # vectors
-    feeds = step_of(package.spec, 1 if one_row else 5, 512, 256)
+    if one_row:
+        shapes = [node.attributes["value"].value for node in lowered.graph if node.op_type == "Constant"]
+        splits = 4 if capacity == 512 else 16
+        assert any(np.array_equal(shape.numpy(), [package.spec.kv_heads, splits]) for shape in shapes)
+    feeds = step_of(package.spec, 1 if one_row else 5, capacity, 256)
     (logits, *caches), (wanted, *wanted_caches) = (run_in(package.path, each, feeds) for each in (lowered, model))
     assert wanted.std() > 0.01
     for ours, expected in zip((logits, *caches), (wanted, *wanted_caches), strict=True):
