@@ -79,7 +79,8 @@ def build(
     multiprocessor's shared memory. ``timing_cache``: a file of measured tactics, read if it exists and rewritten.
     ``debug_tensors``: patterns of values that become outputs, for ``llmtrt debug``. ``weights``: "plan"; "inputs": they lie
     in a file of the engine that is copied to the GPU when it is loaded, in a layout for steps of one row, which have a plan
-    of their own; "both": those are for that plan alone, and the plan for all else has its own.
+    of their own; "both": those are for that plan alone, and the plan for all else has its own; "auto": "inputs" for one
+    sequence on GPUs where that was measured to be faster, "plan" otherwise.
 
     Raises UserError, with nothing written, for a flavor that is missing, a flavor or a flag that needs a GPU where there
     is none, a graph that TensorRT refuses (naming the nodes), a failed build (with TensorRT's reason) and a full disk.
@@ -111,6 +112,10 @@ def build(
             "with one, or ahead of time with --flavor rtx"
         )
     package = open_package(package_path, verify)
+    if weights == "auto":
+        from llmtrt.engine.weight_place import weight_place
+
+        options = replace(options, weights=weight_place(trt, options, package))
     options = options.resolved(trt, package.spec.max_seq)
     with files.staged_folder(output) as folder:
         made = _build_decoders(trt, package, options, folder, report)

@@ -8,7 +8,7 @@ from llmtrt.engine.gpu import find_gpus
 from llmtrt.errors import UserError
 
 REFITS = ("identical", "any")
-WEIGHTS = ("plan", "inputs", "both")
+WEIGHTS = ("plan", "inputs", "both")  # and "auto", which ``weight_place`` settles
 CHECK_ROWS = 16
 # Rows of the cache that a step sees are a multiple of it; so is the capacity, where steps of one row have their own plan.
 CONTEXT_STEP = 256
@@ -94,12 +94,17 @@ def _check_specialization(flavor: Flavor, name: str) -> None:
         raise UserError(f"TensorRT {flavor.name} {flavor.version} has no kernel specialization: leave it out")
 
 
-def _check_weights(options: BuildOptions) -> None:
-    if options.weights not in WEIGHTS:
-        raise UserError(f"--weights should be {', '.join(WEIGHTS)}, but is {options.weights!r}")
+def forbids_inputs(options: BuildOptions) -> list[str]:
+    """The flags of ``options`` with which weights cannot be inputs."""
     others = {"--strip": options.strip, "--refit": options.refit, "--weight-streaming": options.weight_streaming}
     others |= {"--debug-tensors": options.debug_tensors}
-    if options.weights != "plan" and (given := [flag for flag, on in others.items() if on]):
+    return [flag for flag, on in others.items() if on]
+
+
+def _check_weights(options: BuildOptions) -> None:
+    if options.weights not in WEIGHTS:
+        raise UserError(f"--weights should be auto, {', '.join(WEIGHTS)}, but is {options.weights!r}")
+    if options.weights != "plan" and (given := forbids_inputs(options)):
         raise UserError(f"--weights {options.weights} does not go with {', '.join(given)}: leave one of them out")
 
 

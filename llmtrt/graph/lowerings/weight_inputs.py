@@ -24,6 +24,15 @@ def weight_of(value: ir.Value) -> ir.TensorProtocol | None:
     return value.meta.get(_WEIGHT)
 
 
+def packs(model: ir.Model) -> bool:
+    """Whether there are INT4 matrices, all of which can be inputs."""
+    try:
+        found = [matrix for node in model.graph if (matrix := _matrix(node)) is not None]
+    except UserError:
+        return False
+    return any(matrix.block is not None for _, matrix in found)
+
+
 def _applies(model: ir.Model, target: Target) -> bool:
     return target.weights == "inputs"
 

@@ -1,0 +1,24 @@
+"""Where a build puts the weights if that is left to it: where a GPU like those that it is for was measured to be faster."""
+
+from llmtrt.engine.flavor import Flavor
+from llmtrt.engine.gpu import find_gpus
+from llmtrt.engine.options import BuildOptions, forbids_inputs
+from llmtrt.graph.lowerings.weight_inputs import packs
+from llmtrt.graph.structure import load_graph
+from llmtrt.package import Package
+
+# Flavors and compute capabilities: 1.5 × the tokens/s of one sequence (benchmarks/gpu-decode-1b.json). Steps of 2 to 64 rows
+# are slower (benchmarks/gpu-projections-second.json), so it is not for engines of several sequences.
+_FASTER_AS_INPUTS = {("rtx", "9.0")}
+
+
+def weight_place(flavor: Flavor, options: BuildOptions, package: Package) -> str:
+    """ "inputs" or "plan", as ``BuildOptions.weights``. The GPUs that count are those of ``options``, or else this machine's
+    first."""
+    gpus = find_gpus().gpus
+    here = gpus[0].compute_capability if gpus else None
+    targets = {here if name == "current" else name for name in options.compute_capabilities or ("current",)}
+    is_faster = all((flavor.name, target) in _FASTER_AS_INPUTS for target in targets)
+    if options.max_batch > 1 or forbids_inputs(options) or not is_faster:
+        return "plan"
+    return "inputs" if packs(load_graph(package)) else "plan"
