@@ -371,7 +371,7 @@ def time_loop(llm: LLM, ids: list[int]) -> dict:
     }
 
 
-def watch(llm: LLM, ids: list[int], tokens: int) -> list[tuple[float, float, str]]:
+def watch(llm: LLM, ids: list, tokens: int) -> list[tuple[float, float, str]]:
     """Start, end (µs) and name of all that ran on the GPU for ``tokens`` tokens, by PyTorch's profiler (CUPTI)."""
     import torch
     from torch.profiler import ProfilerActivity
@@ -396,8 +396,8 @@ def longest(kernels: list[tuple[float, float, str]], steps: int, count: int) -> 
     return {name: [round(sum(took) / steps, 1), round(len(took) / steps, 1)] for name, took in top}
 
 
-def profile(llm: LLM, ids: list[int]) -> dict:
-    """Kernel time, gaps and host time of a token, over 32 tokens."""
+def profile(llm: LLM, ids: list) -> dict:
+    """Kernel time, gaps and host time of a step, over 32 steps; ``ids`` of one prompt or of several of one length."""
     count = 33
     kernels = watch(llm, ids, count)
     # the last launch of the decoder's first kernel marks a token: take the spans between the tokens' copies to the host
@@ -532,6 +532,10 @@ def batches(folder: Path) -> dict:
         }
         say(size, results[f"batch {size}"])
     results["memory"] = llm.memory().to_json()
+    try:
+        results["profile of 16"] = profile(llm, [ids_8b()[:PROMPT]] * 16)
+    except Exception as error:  # noqa: BLE001 - the profiler is not the measured thing
+        results["profile of 16"] = f"no profile: {error}"
     llm.close()
     rng, slots = np.random.default_rng(1), 16
     prompts = [rng.integers(0, 128000, count).tolist() for count in rng.integers(32, PROMPT, 256)]

@@ -2,6 +2,8 @@
 
 python tools/search_attention.py check           # every form against float64 on ONNX Runtime, and built; no GPU
 python tools/search_attention.py time [FORM…]    # on the GPU: microseconds a layer, relative error
+
+With SEQUENCES=16 in the environment, of as many sequences of one length: as many times the heads.
 """
 
 import multiprocessing
@@ -21,10 +23,12 @@ from trial_plan import Arrays, Running, build
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt.graph.builder import GraphBuilder  # noqa: E402
 
-HEADS, KV_HEADS, DIM, LAYERS = 32, 8, 128, 8
+SEQUENCES = int(os.environ.get("SEQUENCES", "1"))
+HEADS, KV_HEADS, DIM, LAYERS = 32 * SEQUENCES, 8 * SEQUENCES, 128, 8
 GROUP, SCALE = HEADS // KV_HEADS, DIM**-0.5
 HALF, FLOAT, INT64 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
 CASES = ((1024, 512), (1024, 1024), (8448, 2048), (8448, 8192), (33024, 512))  # capacity, rows that are seen
+CASES = CASES if SEQUENCES == 1 else CASES[:2]
 STEP = 256  # rows that contexts are a multiple of
 HIDDEN = float(np.finfo(np.float16).min)
 Write = Callable[[GraphBuilder, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
@@ -137,7 +141,7 @@ FORMS: dict[str, Write] = {
     "splits of 128, scores by sums": split(128, "qk"),
     "splits of 256, scores by sums": split(256, "qk"),
     "splits of 64, values by sums": split(64, "pv"),
-    **{f"{splits} splits": few(splits) for splits in (2, 4, 16)},
+    **{f"{splits} splits": few(splits) for splits in (1, 2, 4, 8, 16)},
     **{f"{splits} splits, values by sums": few(splits, True) for splits in (4, 16, 32)},
 }
 
@@ -245,7 +249,8 @@ def main() -> None:
                 running.close()
         for name, found in results.items():
             print(name, {case: each["us_a_layer"] if "us_a_layer" in each else each for case, each in found.items()})
-    provenance.write("gpu-attention", results, ("numpy",), quiet=True)
+    name = "gpu-attention" if SEQUENCES == 1 else f"gpu-attention-{SEQUENCES}"
+    provenance.write(name, results, ("numpy",), quiet=True)
 
 
 if __name__ == "__main__":
