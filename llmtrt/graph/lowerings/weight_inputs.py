@@ -1,7 +1,9 @@
 """Weights as inputs of the network: plans have none, share one copy of them, and need no GPU to be built.
 
 INT4 and INT8 matrices become the bytes and scales of llmtrt.graph.packed, those that multiply the same value as one matrix;
-the others stay as they are. Each input says by ``weight_of`` what it holds.
+the others stay as they are. Each input says by ``weight_of`` what it holds. An INT4 head for many rows alone stays in the
+plan: of few rows it makes logits, for which TensorRT's own kernel is as fast and needs no room for the whole vocabulary
+unpacked, four times the head.
 """
 
 from collections import defaultdict
@@ -39,20 +41,41 @@ def _applies(model: ir.Model, target: Target) -> bool:
 
 def _apply(model: ir.Model, target: Target) -> ir.Model:
     groups: dict[tuple, list[tuple[ir.Node, str, Matrix]]] = defaultdict(list)
+    kept = set()
     for node in model.graph:
         found = _matrix(node)
-        if found is not None:
-            name, matrix = found
+        if found is None:
+            continue
+        name, matrix = found
+        if not target.one_row and matrix.block is not None and _makes_logits(node):
+            kept |= {value.name for value in node.inputs[1].producer().inputs}
+        else:
             groups[id(node.inputs[0]), matrix.k, matrix.block].append((node, name, matrix))
     for group in groups.values():
         _pack(model, group, target.one_row)
     model = RemoveUnusedNodesPass()(model).model
     for name, value in list(model.graph.initializers.items()):
         tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and len(tensor.shape) > 1:  # vectors are small
+        if name not in kept and isinstance(tensor, ir.ExternalTensor) and len(tensor.shape) > 1:  # vectors are small
             del model.graph.initializers[name]
             model.graph.inputs.append(_input(value, tensor))
     return model
+
+
+def _makes_logits(node: ir.Node) -> bool:
+    """Whether what ``node`` makes becomes an output, through nothing but nodes whose other operands are constants."""
+    (value,) = node.outputs
+    users = list(value.consumers())
+    return (
+        value.is_graph_output()
+        or bool(users)
+        and all(sum(map(_varies, user.inputs)) == 1 and _makes_logits(user) for user in users)
+    )
+
+
+def _varies(value: ir.Value) -> bool:
+    maker = value.producer()
+    return value.const_value is None and (maker is None or maker.op_type != "Constant")
 
 
 def _matrix(node: ir.Node) -> tuple[str, Matrix] | None:
