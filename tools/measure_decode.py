@@ -46,11 +46,11 @@ ENGINES = {
 }
 
 
-def build(folder: Path, shape: str) -> dict:
+def build(folder: Path, shape: str, results: dict) -> None:
     package = random_package.write(folder / "package", shape, int4_head=True).path
     say("package")
     measure_gpu.VARIANTS |= ENGINES
-    return end_builds(start_builds(package, folder, {}, list(ENGINES)), package, folder)
+    results |= end_builds(start_builds(package, folder, {}, list(ENGINES)), package, folder)
 
 
 def rates(llm: LLM, case: Case, runs: int = 3) -> dict:
@@ -67,8 +67,7 @@ def ids_of(llm: LLM, count: int) -> list[int]:
     return np.random.default_rng(0).integers(0, llm._session.spec.vocab_size, count).tolist()
 
 
-def speed(folder: Path, shape: str) -> dict:
-    results = {}
+def speed(folder: Path, shape: str, results: dict) -> None:
     for name, settings in {
         "plan": {},
         "inputs": {},
@@ -94,16 +93,14 @@ def speed(folder: Path, shape: str) -> dict:
         results[name] = found
         llm.close()
         gc.collect()
-    return results
 
 
-def context(folder: Path, shape: str) -> dict:
+def context(folder: Path, shape: str, results: dict) -> None:
     cases = {
         "inputs": [Case(PROMPT, NEW)],
         "inputs, long": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
         "plan": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
     }
-    results: dict = {}
     for name, asked in cases.items():
         llm, _ = load(engine_folder(folder, name), reuse_prefixes=True)
         for case in asked:
@@ -112,10 +109,9 @@ def context(folder: Path, shape: str) -> dict:
             say(where, results[where])
         llm.close()
         gc.collect()
-    return results
 
 
-def peer(folder: Path, shape: str) -> dict:
+def peer(folder: Path, shape: str, results: dict) -> None:
     import torch
     import transformers
     from random_checkpoint import config_of
@@ -126,7 +122,8 @@ def peer(folder: Path, shape: str) -> dict:
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16).eval()
     say("model")
-    theirs, results = Transformers(model), {}
+    theirs = Transformers(model)
+    results["system"] = theirs.description
     for case in (Case(PROMPT, NEW), Case(2048, 2)):
         found = theirs.measure(case, runs=2)
         results[f"{case.prompt} + {case.tokens} tokens"] = {
@@ -134,7 +131,7 @@ def peer(folder: Path, shape: str) -> dict:
             "tokens_per_s": round(found.tokens_per_second, 1),
         }
         say(results)
-    return {"system": theirs.description, **results, "gpu_bytes": theirs.gpu_bytes()}
+    results["gpu_bytes"] = theirs.gpu_bytes()
 
 
 STAGES = {"build": build, "speed": speed, "context": context, "peer": peer}
@@ -149,7 +146,8 @@ def main() -> None:
         say("stage", stage)
         began = time.monotonic()
         try:
-            results[stage] = {**STAGES[stage](folder, shape), "stage_seconds": round(time.monotonic() - began, 1)}
+            STAGES[stage](folder, shape, results.setdefault(stage, {}))
+            results[stage]["stage_seconds"] = round(time.monotonic() - began, 1)
         except Exception as error:  # noqa: BLE001 - the other stages' GPU time is paid for
             import traceback
 
