@@ -11,6 +11,7 @@ streaming  8B: tokens/s against weight budget beside a pinned copy, and with 4 G
 batches    8B: batches of 1, 4, 16 and 64 prompts, and a queue of 256 in 16 slots, refilled or in turns of 16
 turn       8B: the second turn of a chat against a cold one
 lookup     SmolLM2: prompt lookup on the texts of the folder $DATA
+vocabulary SmolLM2 in INT4 with the vocabulary in fp16 and in INT8: size of package and plan, GPU memory
 start      process start to first token, with and without compiled kernels on disk
 failures   what a user sees of engines that do not fit
 """
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,7 @@ from llmtrt.engine.manifest import open_engine  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
 from llmtrt.evaluate.speed import Case, measure  # noqa: E402
 from llmtrt.package import open_package  # noqa: E402
+from llmtrt.quantization.recipe import read_recipe  # noqa: E402
 from llmtrt.runtime.cuda import Cuda  # noqa: E402
 from llmtrt.runtime.load import Loaded  # noqa: E402
 from llmtrt.runtime.scheduler import logits_of  # noqa: E402
@@ -586,6 +589,25 @@ def lookup(folder: Path) -> dict:
     return {"tasks": found, "seconds_of_a_step": seconds}
 
 
+def vocabulary(folder: Path) -> dict:
+    plain, found = read_recipe("int4-g64"), {}
+    for name, recipe in {"fp16": plain, "int8": replace(plain, embedding="int8", lm_head="int8")}.items():
+        package, path = folder / f"vocabulary-{name}", engine_folder(folder, f"vocabulary-{name}")
+        if not path.exists():
+            quantize(os.environ["SMOLLM2"], package, recipe)
+            build(package, path, max_seq=1024, verify=False)
+        llm, _ = load(path)
+        llm.generate(list(range(100, 612)), SamplingParams(max_tokens=8, **GREEDY))
+        found[name] = {
+            "package_mb": round((package / "model.onnx.data").stat().st_size / 1e6, 1),
+            "plan_mb": round((path / "engine.plan").stat().st_size / 1e6, 1),
+            "gpu_bytes": llm.memory().to_json()["measured"],
+        }
+        llm.close()
+        say(name, found[name])
+    return found
+
+
 # --- starting and failing ------------------------------------------------------------------------------------------
 
 _FIRST = """
@@ -714,6 +736,7 @@ STAGES = {
     "batches": batches,
     "turn": turn,
     "lookup": lookup,
+    "vocabulary": vocabulary,
     "start": start,
     "failures": failures,
 }
