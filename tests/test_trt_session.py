@@ -1209,3 +1209,25 @@ def test_bits_of_bfloat16_are_read_as_numbers():
     assert runtime._numbers(bits).tolist() == [1.0, -3.0, np.inf, 0.0]
     half = np.ones(2, np.float16)
     assert runtime._numbers(half) is half
+
+
+def test_a_step_that_was_not_bound_whole_leaves_nothing_behind(engine, machine, monkeypatch):
+    """The next step of the same shapes, for another slot, is bound anew."""
+    machine()
+    session = TrtSession(engine)
+    session.reserve(3, 20)
+
+    def step(first: int) -> None:
+        session.step(np.array([[3, 4]]), np.array([[0, 1]]), np.array([[1]]), first)
+
+    step(0)
+    log = session._logger.log
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_gpu.FakeContext, "set_device_memory", lambda *_: log(1, "out of cheese"))
+        with pytest.raises(RuntimeError, match="out of cheese"):
+            step(1)
+    session.reserve(3, 20)
+    step(0)
+    bound = session._contexts[PLAN, 1]._context.addresses["past_key_0"]
+    assert bound == session._kv.places(0)["past_key_0"].address != session._kv.places(1)["past_key_0"].address
+    session.close()

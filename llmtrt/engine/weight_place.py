@@ -19,6 +19,6 @@ def weight_place(flavor: Flavor, options: BuildOptions, package: Package) -> str
     here = gpus[0].compute_capability if gpus else None
     targets = {here if name == "current" else name for name in options.compute_capabilities or ("current",)}
     is_faster = all((flavor.name, target) in _FASTER_AS_INPUTS for target in targets)
-    if options.max_batch > 1 or forbids_inputs(options) or not is_faster:
+    if options.max_batch != 1 or forbids_inputs(options) or not is_faster:
         return "plan"
     return "inputs" if packs(load_graph(package)) else "plan"

@@ -82,14 +82,14 @@ def _row_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int
 
 
 def _row_of_int8(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
-    """Σ w · x / 128, which no sum of two leaves fp16 with, and 128 times the column's scale."""
+    """Σ w · x / 128, in fp32 behind the sums of two, as the column's scale comes last; and 128 times that scale."""
     dtype, blocks, width = weights["scale"].dtype, spans(k), SPAN // _PARTS
     factors = _by_itself(new, _padded(new, x, k), np.eye(2) / SPAN, dtype)
     v = new.op("DequantizeLinear", weights["bytes"], new.scalar(1, dtype))
     p = new.op("Mul", v, new.op("Reshape", factors, new.ints(blocks, SPAN)))
     p = new.op("Reshape", p, new.ints(n, blocks, _PARTS, width))
     p = reduce(partial(new.op, "Add"), (_take(new, p, 2, part) for part in range(_PARTS)))
-    sums = new.cast(new.op("ReduceSum", p, new.ints(1, 2), keepdims=0), _FLOAT)
+    sums = new.op("ReduceSum", new.cast(p, _FLOAT), new.ints(1, 2), keepdims=0)
     scale = new.op("Mul", new.cast(weights["scale"], _FLOAT), new.scalar(SPAN, _FLOAT))
     return new.op("Reshape", new.cast(new.op("Mul", sums, scale), dtype), new.ints(1, 1, n))
 

@@ -105,6 +105,7 @@ class Context:
         one buffer, the KV cache, may be.
         """
         context, moved = self._context, []
+        self.state = None  # where this ends early, it is prepared for nothing
         for tensor in self._tensors:
             region, size = places[tensor.name], tensor.bytes
             if size is None:
