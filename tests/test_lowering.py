@@ -4,6 +4,7 @@ import families
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_models
 import pytest
 from onnx import TensorProto, helper
 
@@ -290,6 +291,15 @@ def test_weights_as_inputs_have_the_canonical_numbers(name, recipe, tolerance, o
         assert np.abs(ours.astype(np.float64) - expected).max() <= tolerance * np.ptp(expected.astype(np.float64))
 
 
+def matrix_of(q: np.ndarray, scale: np.ndarray, block: int | None) -> packed.Matrix:
+    """As a package stores it: INT4 in blocks, or INT8 by columns (``block`` None)."""
+    tensor = ir.tensor(q)
+    if block:
+        content = np.frombuffer(onnx_models.pack_int4(q), np.uint8)
+        tensor = ir.PackedTensor(content, ir.DataType.INT4, shape=ir.Shape(q.shape))
+    return packed.Matrix(tensor, ir.tensor(scale), block)
+
+
 @pytest.mark.parametrize(
     "k, block", [(128, 64), (192, 64), (64, 64), (256, 128), (384, 128), (512, 256), (2048, 64), (4096, 128)]
 )
@@ -301,9 +311,7 @@ def test_packed_weights_are_the_matrix(k, block):
         q = rng.integers(-8, 8, (k, n)).astype(np.int8)
         q[:4, :4] = [[-8, -8, 7, 7], [7, -8, 7, -8], [0, -1, 1, 0], [-8, 7, -7, 1]]
         scale = rng.uniform(0.01, 1, (k // block, n)).astype(np.float16)
-        nibbles = (q & 15).astype(np.uint8).reshape(-1)
-        tensor = ir.PackedTensor(nibbles[::2] | nibbles[1::2] << 4, ir.DataType.INT4, shape=ir.Shape(q.shape))
-        matrices.append(packed.Matrix(tensor, ir.tensor(scale), block))
+        matrices.append(matrix_of(q, scale, block))
         expected.append((q * np.repeat(scale.astype(np.float64), block, 0)).T)
     arrays = {kind: tensor.numpy().astype(np.float64) for kind, tensor in packed.arrays("w", matrices).items()}
     count, blocks = packed.slices(k), -(-k // 128)
@@ -326,9 +334,7 @@ def test_a_product_of_packed_weights_is_the_matrix_product(k, block, rows):
     rng, n = np.random.default_rng(k), 12
     q = rng.integers(-8, 8, (k, n)).astype(np.int8)
     scale = rng.uniform(0.01, 0.02, (k // block, n) if block else n).astype(np.float16)
-    nibbles = (q & 15).astype(np.uint8).reshape(-1)
-    tensor = ir.PackedTensor(nibbles[::2] | nibbles[1::2] << 4, ir.DataType.INT4, shape=ir.Shape(q.shape))
-    arrays = packed.arrays("w", [packed.Matrix(tensor if block else ir.tensor(q), ir.tensor(scale), block)])
+    arrays = packed.arrays("w", [matrix_of(q, scale, block)])
     x = rng.standard_normal((1, rows, k)).astype(np.float16)
     x[:, :, rng.integers(0, k, 3)] *= 1500 if block else 400  # massive activations
     given = ir.val("x", ir.DataType.FLOAT16, x.shape)

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from llmtrt.graph import packed, packed_product
 from llmtrt.graph.builder import GraphBuilder
+from llmtrt.quantization.packing import pack_int4
 
 BLOCK, HALF_BLOCK = 128, 64
 HALF = ir.DataType.FLOAT16
@@ -42,8 +43,7 @@ class Form:
 
 def pack(q: np.ndarray, scale: np.ndarray) -> Arrays:
     """As llmtrt does."""
-    nibbles = (q & 15).astype(np.uint8).reshape(-1)
-    tensor = ir.PackedTensor(nibbles[::2] | nibbles[1::2] << 4, ir.DataType.INT4, shape=ir.Shape(q.shape))
+    tensor = ir.PackedTensor(pack_int4(q), ir.DataType.INT4, shape=ir.Shape(q.shape))
     matrix = packed.Matrix(tensor, ir.tensor(scale), q.shape[0] // len(scale))
     return {name: each.numpy() for name, each in packed.arrays("w", [matrix]).items()}
 
@@ -106,13 +106,6 @@ def _rows(g: GraphBuilder, x: ir.Value, m: int, one: Callable[[ir.Value], ir.Val
     return rows[0] if m == 1 else g.op("Concat", *rows, axis=0)
 
 
-def _apart(g: GraphBuilder, x: ir.Value, mix: list[list[float]]) -> ir.Value:
-    """Σ mix[i][j] · x[:, j] of x [b, 2, 64], as a kernel of its own: see llmtrt.graph.packed_product."""
-    factors = np.pad(np.array(mix, np.float16), ((0, 0), (0, 6)))[None, :, :, None]
-    x = g.op("Concat", *[g.op("Unsqueeze", x, g.constant([1]))] * 4, axis=2)
-    return g.op("ReduceSum", g.op("Mul", x, g.constant(factors, np.float16)), g.constant([2]), keepdims=0)
-
-
 def write_split(parts: int, slices: int, at_once: int) -> Callable:
     """llmtrt's form of a row, for each row, with ``parts`` of a block and ``slices`` of K added up before the reduction, and
     ``at_once`` columns reduced by the same threads."""
@@ -128,7 +121,7 @@ def write_split(parts: int, slices: int, at_once: int) -> Callable:
 
         def one(row: ir.Value) -> ir.Value:
             halves = g.op("Reshape", row, g.constant([k // BLOCK, 2, HALF_BLOCK]))
-            factors = _apart(g, halves, [[16, 0], [0, 1]])
+            factors = packed_product.by_itself(Hand(g), halves, (16, 1), HALF)
             factors = g.op("Reshape", factors, g.constant([slices, blocks, 2, parts, width]))
             columns = []
             for c in range(at_once):

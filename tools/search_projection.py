@@ -23,6 +23,7 @@ from trial_plan import Running, build
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt.graph.builder import GraphBuilder  # noqa: E402
+from llmtrt.quantization.packing import pack_int4  # noqa: E402
 
 SHAPES = tuple(map(int, os.environ.get("SHAPE", "4096,14336").split(",")))
 PAIRS = -(-160_000_000 // (SHAPES[0] * SHAPES[1]))  # do not fit the L2 cache, so that each is read from memory
@@ -64,7 +65,7 @@ def chain(form: Form, m: int, shapes: tuple[int, int], pairs: int) -> tuple[ir.M
                 continue
             array = np.roll(array, index, axis=0) if index > 1 else array  # equal constants may become one
             if name == "q":
-                tensor = ir.PackedTensor(_int4(array), dtype, shape=ir.Shape(array.shape), name=where)
+                tensor = ir.PackedTensor(pack_int4(array), dtype, shape=ir.Shape(array.shape), name=where)
             else:
                 tensor = ir.tensor(array, name=where)
             values[name] = g.initializer(tensor)
@@ -74,17 +75,12 @@ def chain(form: Form, m: int, shapes: tuple[int, int], pairs: int) -> tuple[ir.M
             first = y
     g.output(y, "y", HALF, [m, shapes[0]])
     g.output(first, "first", HALF, [m, shapes[1]])
-    arrays = [{name: _int4(each) if name == "q" else each for name, each in pair.items()} for pair in packed]
+    arrays = [{name: pack_int4(each) if name == "q" else each for name, each in pair.items()} for pair in packed]
     return g.model(), [] if form.constant else arrays
 
 
 def first_x(m: int, k: int) -> np.ndarray:
     return np.random.default_rng(9).normal(size=(m, k)).astype(np.float16)
-
-
-def _int4(values: np.ndarray) -> np.ndarray:
-    flat = values.reshape(-1).astype(np.uint8) & 15
-    return (flat[::2] | flat[1::2] << 4).astype(np.uint8)
 
 
 def error(form: Form, first: np.ndarray, shapes: tuple[int, int]) -> float:

@@ -5,7 +5,7 @@ from functools import partial, reduce
 import numpy as np
 import onnx_ir as ir
 
-from llmtrt.graph.packed import HALF, SCALED, SPAN, spans
+from llmtrt.graph.packed import HALF, SCALED, SPAN, slices, spans
 from llmtrt.graph.rewrite import Rewrite
 
 _FLOAT = ir.DataType.FLOAT
@@ -39,11 +39,21 @@ def _padded(new: Rewrite, x: ir.Value, k: int, *lead: int) -> ir.Value:
     return new.op("Reshape", x, new.ints(*lead, spans(k), 2, HALF))
 
 
-def _scales(weights: dict[str, ir.Value]) -> list[tuple[ir.Value, ...]]:
+def _scales(weights: dict[str, ir.Value], k: int) -> list[tuple[ir.Value, ...]]:
     """Of each slice of K, that of its blocks or those of their halves."""
     halves = ("scale", "scale_hi") if "scale_hi_0" in weights else ("scale",)
-    count = sum(name.startswith("scale") for name in weights) // len(halves)
-    return [tuple(weights[f"{half}_{index}"] for half in halves) for index in range(count)]
+    return [tuple(weights[f"{half}_{index}"] for half in halves) for index in range(slices(k))]
+
+
+def _halves(new: Rewrite, bytes: ir.Value, dtype: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    """lo / 16 and hi of bytes v = 16 · hi + lo + 8: with T = v / 16, hi = ⌊T⌋ and lo / 16 = T − hi − 1/2."""
+    t = new.op("DequantizeLinear", bytes, new.scalar(1 / SCALED, dtype))
+    hi = new.op("Floor", t)
+    return new.op("Sub", new.op("Sub", t, hi), new.scalar(1 / 2, dtype)), hi
+
+
+def _sum_of_parts(new: Rewrite, x: ir.Value, axis: int) -> ir.Value:
+    return reduce(partial(new.op, "Add"), (_take(new, x, axis, part) for part in range(_PARTS)))
 
 
 def _take(new: Rewrite, x: ir.Value, axis: int, index: int) -> ir.Value:
@@ -51,28 +61,25 @@ def _take(new: Rewrite, x: ir.Value, axis: int, index: int) -> ir.Value:
 
 
 def _row_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
-    """Σ 16 s · ((T − hi − 1/2) · x_a + hi · x_b / 16) with T = v / 16 = hi + (lo + 8) / 16, in the dtype of x up to the
-    reduction, which is in fp32: so few instructions and registers a byte that memory is what the kernel waits for.
+    """Σ 16 s · (lo / 16 · x_a + hi · x_b / 16), in the dtype of x up to the reduction, which is in fp32: so few instructions
+    and registers a byte that memory is what the kernel waits for.
     """
-    scales = _scales(weights)
+    scales = _scales(weights, k)
     dtype, count, width = scales[0][0].dtype, len(scales), HALF // _PARTS
     blocks, add = spans(k) // count, partial(new.op, "Add")
-    factors = _by_itself(new, _padded(new, x, k), np.diag([1, 1 / SCALED]), dtype)
+    factors = by_itself(new, _padded(new, x, k), (1, 1 / SCALED), dtype)
     factors = new.op("Reshape", factors, new.ints(count, blocks, 2, _PARTS, width))
-    t = new.op("DequantizeLinear", weights["bytes"], new.scalar(1 / SCALED, dtype))
-    hi = new.op("Floor", t)
-    lo = new.op("Sub", new.op("Sub", t, hi), new.scalar(1 / 2, dtype))
     halves = [
         new.op(
             "Mul",
             new.op("Reshape", each, new.ints(n, count, blocks, _PARTS, width)),
             _take(new, factors, 2, half),
         )
-        for half, each in enumerate((lo, hi))
+        for half, each in enumerate(_halves(new, weights["bytes"], dtype))
     ]
     # Slices are taken late: TensorRT reads the same either way, and compiles a graph in the square of its nodes.
     halves = halves if len(scales[0]) == 2 else [add(*halves)]
-    halves = [reduce(add, (_take(new, each, 3, part) for part in range(_PARTS))) for each in halves]
+    halves = [_sum_of_parts(new, each, 3) for each in halves]
     sums = (
         new.op("Mul", _take(new, each, 1, index), of)
         for index, scale in enumerate(scales)
@@ -84,36 +91,33 @@ def _row_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int
 def _row_of_int8(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
     """Σ w · x / 128, in fp32 behind the sums of two, as the column's scale comes last; and 128 times that scale."""
     dtype, blocks, width = weights["scale"].dtype, spans(k), SPAN // _PARTS
-    factors = _by_itself(new, _padded(new, x, k), np.eye(2) / SPAN, dtype)
+    factors = by_itself(new, _padded(new, x, k), (1 / SPAN, 1 / SPAN), dtype)
     v = new.op("DequantizeLinear", weights["bytes"], new.scalar(1, dtype))
     p = new.op("Mul", v, new.op("Reshape", factors, new.ints(blocks, SPAN)))
-    p = new.op("Reshape", p, new.ints(n, blocks, _PARTS, width))
-    p = reduce(partial(new.op, "Add"), (_take(new, p, 2, part) for part in range(_PARTS)))
+    p = _sum_of_parts(new, new.op("Reshape", p, new.ints(n, blocks, _PARTS, width)), 2)
     sums = new.op("ReduceSum", new.cast(p, _FLOAT), new.ints(1, 2), keepdims=0)
     scale = new.op("Mul", new.cast(weights["scale"], _FLOAT), new.scalar(SPAN, _FLOAT))
     return new.op("Reshape", new.cast(new.op("Mul", sums, scale), dtype), new.ints(1, 1, n))
 
 
-def _by_itself(new: Rewrite, x: ir.Value, mix: np.ndarray, dtype: ir.DataType) -> ir.Value:
-    """Σ mix[i, j] · x[:, j] of x [b, 2, 64] of ``dtype``: [b, I, 64], in a kernel of its own.
+def by_itself(new: Rewrite, x: ir.Value, factors: tuple[float, float], dtype: ir.DataType) -> ir.Value:
+    """x [b, 2, 64] of ``dtype``, each of the two times its factor, in a kernel of its own.
 
     What computes x would otherwise be computed again for every row of the matrix that it is multiplied with: TensorRT fuses
     everything into a reduction but another reduction, and a sum of fewer than 8 it writes out (as the kernels show that a
     plan of TensorRT-RTX 1.6 holds).
     """
     copies = _LEAST_REDUCTION // 2
-    factors = np.concatenate([mix] + [np.zeros_like(mix)] * (copies - 1), 1)[None, :, :, None]
+    mix = np.pad(np.diag(factors), ((0, 0), (0, _LEAST_REDUCTION - 2)))[None, :, :, None]
     x = new.op("Concat", *[new.op("Unsqueeze", x, new.ints(1))] * copies, axis=2)
-    return new.op("ReduceSum", new.op("Mul", x, new.constant(factors.astype(dtype.numpy()))), new.ints(2), keepdims=0)
+    return new.op("ReduceSum", new.op("Mul", x, new.constant(mix.astype(dtype.numpy()))), new.ints(2), keepdims=0)
 
 
 def _rows_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
     """lo and hi unpacked into a matrix each, for the columns of x that they are for."""
-    scales = [each[0] if len(each) == 1 else new.op("Concat", *each, axis=1) for each in zip(*_scales(weights))]
+    scales = [each[0] if len(each) == 1 else new.op("Concat", *each, axis=1) for each in zip(*_scales(weights, k))]
     dtype, parts, columns, products = weights["scale_0"].dtype, _padded(new, x, k, -1), spans(k) * HALF, []
-    t = new.op("DequantizeLinear", weights["bytes"], new.scalar(1 / SCALED, dtype))
-    hi = new.op("Floor", t)
-    lo = new.op("Sub", new.op("Sub", t, hi), new.scalar(1 / 2, dtype))
+    lo, hi = _halves(new, weights["bytes"], dtype)
     hi = new.op("Mul", hi, new.scalar(1 / SCALED, dtype))
     for index, half in enumerate((lo, hi)):
         part = new.op("Reshape", _take(new, parts, 2, index), new.ints(-1, columns))

@@ -11,6 +11,7 @@ from llmtrt.engine.flavor import Flavor
 from llmtrt.errors import UserError
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.kernel_cache import KernelCache
+from llmtrt.runtime.tensors import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -41,25 +42,15 @@ class Settings:
             raise UserError(f"kernel_specialization should be {', '.join(kinds)}, but is {self.specialization!r}")
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """``bytes``: None where they depend on shapes that are set. ``alias``: the input that an output is one buffer with."""
-
-    name: str
-    is_input: bool
-    itemsize: int
-    bytes: int | None
-    alias: str | None
-
-
 class Context:
-    """One IExecutionContext of ``engine`` in one optimization profile; ``state`` is the caller's note of what it is
-    prepared for, ``shapes`` the inputs' shapes as they are set."""
+    """One IExecutionContext of ``engine``, whose tensors are ``tensors``, in one optimization profile; ``state`` is the
+    caller's note of what it is prepared for, ``shapes`` the inputs' shapes as they are set."""
 
     def __init__(
         self,
         flavor: Flavor,
         engine: Any,
+        tensors: tuple[Tensor, ...],
         profile: int,
         settings: Settings,
         kernels: KernelCache,
@@ -74,14 +65,17 @@ class Context:
         cuda.synchronize()
         self.state: object = None
         self.shapes: Shapes | None = None
-        self._needed, self._known = 0, {}
-        self._tensors, self._bound = _tensors_of(engine), {}
+        self._needed = 0
+        self._known: dict[tuple, int] = {}  # what ``needs`` was asked for
+        self._tensors, self._bound = tensors, {}
 
     def needs(self, shapes: Shapes) -> int:
         """The bytes of activation memory for the inputs' ``shapes``; sets them where that is not known yet, which takes
         TensorRT some milliseconds."""
         key = tuple(shapes.items())
-        return self._known[key] if key in self._known else self.set_shapes(shapes)
+        if key not in self._known:
+            self._known[key] = self.set_shapes(shapes)
+        return self._known[key]
 
     def set_shapes(self, shapes: Shapes) -> int:
         """Sets the inputs' shapes and returns the bytes of activation memory that ``bind`` has to be given for them."""
@@ -94,7 +88,6 @@ class Context:
                 raise RuntimeError(f"TensorRT refuses the shape {shape} for {name}: {self._logger.reason()}")
         self._needed = self._context.update_device_memory_size_for_shapes() if self._user_managed else 0
         self.shapes = shapes
-        self._known[tuple(shapes.items())] = self._needed
         return self._needed
 
     def bind(self, places: Mapping[str, Region], activations: Region) -> None:
@@ -153,16 +146,6 @@ class Context:
         """Puts one execution on the stream (enqueueV3)."""
         if not self._context.execute_async_v3(self._cuda.stream):
             raise RuntimeError(f"TensorRT could not run a step: {self._logger.reason() or 'it gave no reason'}")
-
-
-def _tensors_of(engine: Any) -> list[_Tensor]:
-    found = []
-    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
-        shape, itemsize = tuple(engine.get_tensor_shape(name)), engine.get_tensor_dtype(name).itemsize
-        is_input = engine.get_tensor_mode(name).name == "INPUT"
-        alias = None if is_input else engine.get_aliased_input_tensor(name)
-        found.append(_Tensor(name, is_input, itemsize, None if -1 in shape else prod(shape) * itemsize, alias))
-    return found
 
 
 def _make(flavor: Flavor, engine: Any, settings: Settings, kernels: KernelCache) -> Any:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any
 
 from llmtrt.runtime.cuda import Cuda, Region
+from llmtrt.runtime.tensors import Tensor
 
 _ALIGNMENT = 256  # of device addresses, for TensorRT
 
@@ -15,23 +15,23 @@ def aligned(size: int) -> int:
 
 
 class KvCache:
-    """Keys and values [slots, Hkv, capacity, D] of every layer, as ``engine``'s inputs past_* and outputs present_* of the
-    same memory."""
+    """Keys and values [slots, Hkv, capacity, D] of every layer, as a plan's inputs past_* and outputs present_*, which are
+    among its ``tensors``, of the same memory."""
 
-    def __init__(self, engine: Any, cuda: Cuda):
+    def __init__(self, tensors: tuple[Tensor, ...], cuda: Cuda):
         self._cuda = cuda
         self.slots = 0  # that there is memory for
         self._block = 0
         self._used = (0, 0)  # slots and rows of each that hold something
-        self._tensors = []  # past_*, its shape without the batch, its bytes per slot
-        self.aliased = True  # whether the plan itself updates every one in place
-        for index in range(engine.num_io_tensors):
-            past = engine.get_tensor_name(index)
-            if past.startswith("past_"):
-                self.aliased &= engine.get_aliased_input_tensor(_present(past)) == past
-                shape = tuple(engine.get_tensor_shape(past))[1:]
-                size = prod(shape) * engine.get_tensor_dtype(past).itemsize
-                self._tensors.append((past, shape, size))
+        # past_*, its shape without the batch, its bytes per slot
+        self._tensors = [
+            (each.name, each.shape[1:], prod(each.shape[1:]) * each.itemsize)
+            for each in tensors
+            if each.name.startswith("past_")
+        ]
+        aliases = {each.name: each.alias for each in tensors}
+        # whether the plan itself updates every one in place
+        self.aliased = all(aliases.get(_present(past)) == past for past, *_ in self._tensors)
 
     def __len__(self) -> int:
         """The number of tensors: a key and a value for each layer."""

@@ -23,6 +23,7 @@ from llmtrt.runtime.kernel_cache import KernelCache, default_folder
 from llmtrt.runtime.kv_cache import KvCache, aligned
 from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.streaming import WeightBudget
+from llmtrt.runtime.tensors import Tensor, tensors_of
 from llmtrt.runtime.weight_inputs import WeightInputs
 
 _DECODE, _PREFILL = 0, 1  # profiles of the engine
@@ -100,6 +101,7 @@ class TrtSession:
         self._cuda = Cuda(gpu.index)
         self._runtime: Any = None
         self._engines: dict[str, Any] = {}
+        self._tensors: dict[str, tuple[Tensor, ...]] = {}  # of each engine
         self._contexts: dict[tuple, Context] = {}
         self._kernels: dict[str, KernelCache] = {}
         self._layout = 0  # changes whenever memory moves that contexts were told of
@@ -271,6 +273,7 @@ class TrtSession:
         for name in engine.plans:
             streams = engine.streams and name == PLAN
             self._engines[name] = deserialize(flavor, self._runtime, engine.path / name, logger, streams)
+            self._tensors[name] = tensors_of(self._engines[name])
             key = engine.manifest["files"][name]["sha256"], flavor.version, gpu.name, gpu.compute_capability, gpu.driver
             self._kernels[name] = KernelCache(flavor, kernel_folder, *key)
         decoder = self._engines[PLAN]
@@ -300,7 +303,7 @@ class TrtSession:
         else:
             cuda.synchronize()
             self._measured["weights"] = max(0, self._free_at_start - cuda.free_bytes())
-        caches = [KvCache(plan, cuda) for plan in self._decoders()]
+        caches = [KvCache(tensors, cuda) for tensors in self._decoders()]
         self._kv = caches[0]
         for cache in caches:
             if not cache.aliased or len(cache) != 2 * self.spec.layers or cache.capacities() != {self._capacity}:
@@ -318,8 +321,9 @@ class TrtSession:
         cuda.upload(self._range.address, positions)
         cuda.synchronize()
 
-    def _decoders(self) -> list[Any]:
-        return [self._engines[name] for name in (PLAN, DECODE) if name in self._engines]
+    def _decoders(self) -> list[tuple[Tensor, ...]]:
+        """The tensors of each plan that decodes."""
+        return [self._tensors[name] for name in (PLAN, DECODE) if name in self._engines]
 
     def _context(self, plan: str, profile: int, *key: object) -> Context:
         """The context of ``plan`` for ``key``, made when it is first asked for."""
@@ -327,6 +331,7 @@ class TrtSession:
             self._contexts[plan, profile, *key] = Context(
                 self._flavor,
                 self._engines[plan],
+                self._tensors[plan],
                 profile,
                 self._settings,
                 self._kernels[plan],
@@ -389,12 +394,11 @@ class TrtSession:
         return context
 
     def _sampler_shapes(self, plan: str, batch: int) -> Shapes:
-        engine, shapes = self._engines[plan], {}
-        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
-            if engine.get_tensor_mode(name).name == "INPUT":
-                shape = engine.get_tensor_shape(name)
-                shapes[name] = (batch, *(self._capacity if size < 0 else size for size in tuple(shape)[1:]))
-        return shapes
+        return {
+            each.name: (batch, *(self._capacity if size < 0 else size for size in each.shape[1:]))
+            for each in self._tensors[plan]
+            if each.is_input
+        }
 
     def _prepared(
         self, context: Context, first: int, shapes: tuple[int, int, int, int], inputs: dict[str, Region]

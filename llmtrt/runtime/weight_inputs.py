@@ -1,33 +1,31 @@
 """Weights that plans take as inputs, in one block of GPU memory."""
 
-from math import prod
-from typing import Any
-
 import numpy as np
 
 from llmtrt.engine.manifest import WEIGHTS, Engine
 from llmtrt.errors import UserError
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.kv_cache import aligned
+from llmtrt.runtime.tensors import Tensor
 
 _STEP = ("input_ids", "positions", "logits_index", "kv_range")  # and past_*: inputs that a step has of its own
 
 
 class WeightInputs:
-    """Copies the weights of ``engine``'s own file to the GPU, for ``plans``, its ICudaEngines. UserError where the file ends
-    before them, and where they are not those that the plans take."""
+    """Copies the weights of ``engine``'s own file to the GPU, for plans of which ``plans`` are the tensors. UserError where
+    the file ends before them, and where they are not those that the plans take."""
 
-    def __init__(self, engine: Engine, plans: list[Any], cuda: Cuda):
+    def __init__(self, engine: Engine, plans: list[tuple[Tensor, ...]], cuda: Cuda):
         extents, path = engine.weight_inputs, engine.path / WEIGHTS
         for plan in plans:
-            for name in map(plan.get_tensor_name, range(plan.num_io_tensors)):
-                if plan.get_tensor_mode(name).name != "INPUT" or name in _STEP or name.startswith("past_"):
+            for tensor in plan:
+                name = tensor.name
+                if not tensor.is_input or name in _STEP or name.startswith("past_"):
                     continue
-                needed = prod(tuple(plan.get_tensor_shape(name))) * plan.get_tensor_dtype(name).itemsize
-                if extents.get(name, (0, 0))[1] != needed:
+                if extents.get(name, (0, 0))[1] != tensor.bytes:
                     raise UserError(
-                        f"{engine.path}: a plan takes {needed} bytes of {name} that the manifest does not have: make the "
-                        "engine anew with `llmtrt build`"
+                        f"{engine.path}: a plan takes {tensor.bytes} bytes of {name} that the manifest does not have: make "
+                        "the engine anew with `llmtrt build`"
                     )
         size = path.stat().st_size
         for name, (start, length) in extents.items():
