@@ -4,7 +4,7 @@ python tools/measure_decode.py FOLDER {8b,1b} STAGE…     # FOLDER keeps packag
 
 build     random INT4 weights, the head's too: engines with them in the plan or as inputs, for short and long contexts
 speed     prompt 512, 128 new tokens: tokens/s, TTFT of 512 and 2,048 tokens, a token's time split by kernels; memory
-context   steps behind 512 and behind 8,192 tokens, in a cache of 3,072 rows and in one of more than 32,768; prefill
+context   steps behind 512 and behind 8,192 tokens, in caches of 1,024 to 34,816 rows; prefill of 2,048 and 8,192 tokens
 peer      transformers, fp16, static cache, compiled: the same prompt and tokens
 """
 
@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt import LLM, SamplingParams  # noqa: E402
 from llmtrt.evaluate.speed import Case, measure  # noqa: E402
 
-LONG = 32768
 ENGINES = {
     "plan": {"max_seq": 8192 + 1024, "chunk": 2048},
-    "inputs": {"max_seq": 2560, "weights": "inputs"},
-    "inputs, long": {"max_seq": LONG, "chunk": 2048, "weights": "inputs"},
+    "inputs": {"max_seq": 8192 + 1024, "chunk": 2048, "weights": "inputs"},
+    "inputs, short": {"max_seq": 768, "chunk": 256, "weights": "inputs"},
+    "inputs, long": {"max_seq": 32768, "chunk": 2048, "weights": "inputs"},
 }
 
 
@@ -96,10 +96,12 @@ def speed(folder: Path, shape: str, results: dict) -> None:
 
 
 def context(folder: Path, shape: str, results: dict) -> None:
+    short, behind = Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW)
     cases = {
-        "inputs": [Case(PROMPT, NEW)],
-        "inputs, long": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
-        "plan": [Case(PROMPT, NEW), Case(64, NEW, context=8192 - 64 - NEW), Case(8192, 2), Case(2048, 2)],
+        "inputs, short": [short],
+        "inputs": [short, behind, Case(2048, 2), Case(8192, 2)],
+        "inputs, long": [short, behind],
+        "plan": [short, behind, Case(2048, 2), Case(8192, 2)],
     }
     for name, asked in cases.items():
         llm, _ = load(engine_folder(folder, name), reuse_prefixes=True)
@@ -107,6 +109,11 @@ def context(folder: Path, shape: str, results: dict) -> None:
             where = f"{name}: {case.context} + {case.prompt} + {case.tokens} tokens"
             results[where] = rates(llm, case, runs=2)
             say(where, results[where])
+        if behind in asked:
+            try:
+                results[f"{name}: profile behind 8192 tokens"] = profile(llm, ids_of(llm, 8192))
+            except Exception as error:  # noqa: BLE001 - the profiler is not the measured thing
+                results[f"{name}: profile behind 8192 tokens"] = f"no profile: {error}"
         llm.close()
         gc.collect()
 

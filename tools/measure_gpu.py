@@ -12,6 +12,7 @@ batches    8B: batches of 1, 4, 16 and 64 prompts, and a queue of 256 in 16 slot
 turn       8B: the second turn of a chat against a cold one
 lookup     SmolLM2: prompt lookup on the texts of the folder $DATA
 vocabulary SmolLM2 in INT4 with the vocabulary in fp16 and in INT8: size of package and plan, GPU memory
+places     SmolLM2 in INT4 with its weights in the plan and as inputs: tokens/s, TTFT, GPU memory
 start      process start to first token, with and without compiled kernels on disk
 failures   what a user sees of engines that do not fit
 """
@@ -121,7 +122,11 @@ def start_builds(package: Path, folder: Path, options: dict, names: list[str]) -
 def end_builds(running: dict[str, subprocess.Popen], package: Path, folder: Path) -> dict:
     found: dict = {}
     for name, process in running.items():
-        _, seconds, peak = json.loads(process.communicate()[0].splitlines()[-1])
+        said = process.communicate()[0].splitlines()
+        if process.returncode:
+            say(name, "was not built")
+            continue
+        _, seconds, peak = json.loads(said[-1])
         found[name] = {
             "seconds_with_others_at_once": seconds,
             "peak_host_gb": peak,
@@ -518,13 +523,13 @@ def streaming(folder: Path) -> dict:
 
 
 def batches(folder: Path) -> dict:
-    path = engine_folder(folder, "batch")
+    path, options = engine_folder(folder, "batch"), {"max_batch": 64, "opt_batch": 16, "max_seq": 1024}
+    if not (folder / "package").exists():
+        random_package.write(folder / "package", "8b")
     if not path.exists():
-        package = random_package.write(folder / "package", "8b")
-        options = {"max_batch": 64, "max_seq": 1024, "verify": False}
-        say("built", round(build(package.path, path, **options).seconds, 1))
+        say("built", round(build(folder / "package", path, verify=False, **options).seconds, 1))
     llm, _ = load(path)
-    results: dict = {}
+    results: dict = {"built_with": options}
     for size in (1, 4, 16, 64):
         speed = measure(llm, Case(PROMPT, NEW, size), runs=2)
         results[f"batch {size}"] = {
@@ -593,8 +598,9 @@ def vocabulary(folder: Path) -> dict:
     plain, found = read_recipe("int4-g64"), {}
     for name, recipe in {"fp16": plain, "int8": replace(plain, embedding="int8", lm_head="int8")}.items():
         package, path = folder / f"vocabulary-{name}", engine_folder(folder, f"vocabulary-{name}")
-        if not path.exists():
+        if not package.exists():
             quantize(os.environ["SMOLLM2"], package, recipe)
+        if not path.exists():
             build(package, path, max_seq=1024, verify=False)
         llm, _ = load(path)
         llm.generate(list(range(100, 612)), SamplingParams(max_tokens=8, **GREEDY))
@@ -605,6 +611,26 @@ def vocabulary(folder: Path) -> dict:
         }
         llm.close()
         say(name, found[name])
+    return found
+
+
+def places(folder: Path) -> dict:
+    package, found = folder / "places", {}
+    if not package.exists():
+        quantize(os.environ["SMOLLM2"], package, "int4-g64")
+    for weights in ("plan", "inputs"):
+        path = engine_folder(folder, f"places-{weights}")
+        if not path.exists():
+            build(package, path, max_seq=2048, weights=weights, verify=False)
+        llm, _ = load(path)
+        speed = measure(llm, Case(PROMPT, NEW))
+        found[weights] = {
+            "tokens_per_s": round(speed.tokens_per_second, 1),
+            "ttft_ms": round(1e3 * speed.ttft, 2),
+            "gpu_bytes": llm.memory().to_json()["measured"],
+        }
+        llm.close()
+        say(weights, found[weights])
     return found
 
 
@@ -737,6 +763,7 @@ STAGES = {
     "turn": turn,
     "lookup": lookup,
     "vocabulary": vocabulary,
+    "places": places,
     "start": start,
     "failures": failures,
 }

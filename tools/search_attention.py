@@ -1,9 +1,10 @@
 """Which form of a decode step's attention is the fastest: eight layers, 32 heads over 8 KV heads of 128, one sequence.
 
-python tools/search_attention.py check           # every form against float64 on ONNX Runtime, and built; no GPU
+python tools/search_attention.py check [FORM…]   # every form against float64 on ONNX Runtime, and built; no GPU
 python tools/search_attention.py time [FORM…]    # on the GPU: microseconds a layer, relative error
 
-With SEQUENCES=16 in the environment, of as many sequences of one length: as many times the heads.
+With SEQUENCES=16 in the environment, of as many sequences of one length: as many times the heads. KINDS=NONE: of that
+kernel specialization alone.
 """
 
 import multiprocessing
@@ -12,16 +13,22 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import provenance
+from onnx_ir.passes.common import ShapeInferencePass
+from projection_forms import Hand
 from trial_plan import Arrays, Running, build
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from llmtrt.graph import packed_product  # noqa: E402
+from llmtrt.graph.attention_node import attentions  # noqa: E402
 from llmtrt.graph.builder import GraphBuilder  # noqa: E402
+from llmtrt.graph.lowerings import split_attention  # noqa: E402
 
 SEQUENCES = int(os.environ.get("SEQUENCES", "1"))
 HEADS, KV_HEADS, DIM, LAYERS = 32 * SEQUENCES, 8 * SEQUENCES, 128, 8
@@ -29,6 +36,7 @@ GROUP, SCALE = HEADS // KV_HEADS, DIM**-0.5
 HALF, FLOAT, INT64 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
 CASES = ((1024, 512), (1024, 1024), (8448, 2048), (8448, 8192), (33024, 512))  # capacity, rows that are seen
 CASES = CASES if SEQUENCES == 1 else CASES[:2]
+TUNED_FOR = int(os.environ.get("TUNED_FOR", "1024"))  # rows of the profile's opt shape
 STEP = 256  # rows that contexts are a multiple of
 HIDDEN = float(np.finfo(np.float16).min)
 Write = Callable[[GraphBuilder, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
@@ -87,17 +95,19 @@ def split(size: int, sums: str) -> Write:
     return write
 
 
-def few(splits: int, sums_of_values: bool = False) -> Write:
-    """A fixed number of splits, a sum for each query head of a group: as llmtrt.graph.lowerings.split_attention.
-    ``sums_of_values``: no product of matrices, for which TensorRT copies the values."""
+def columns(splits: int = 0, size: int = 0, whole: bool = False) -> Write:
+    """Values [1, Hkv · D, capacity, 1], so that their sums are of what lies side by side, as those of the keys are. So many
+    splits, or splits of ``size`` rows; ``whole``: their weights are put together first, and values summed over all."""
 
     def write(g: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, seen: ir.Value, length: ir.Value) -> ir.Value:
         steps = g.op("Div", length, g.constant([STEP]))
-        rows = g.op("Mul", steps, g.constant([STEP // splits]))
-        bounds = (g.constant([0]), g.op("Mul", steps, g.constant([STEP])), g.constant([1]))
-        shape = g.op("Concat", g.constant([KV_HEADS, splits]), rows, g.constant([DIM]), axis=0)
-        k, v = (g.op("Slice", g.op("Reshape", x, g.constant([KV_HEADS, -1, DIM])), *bounds) for x in (k, v))
-        k, v = (g.op("Reshape", x, shape) for x in (k, v))
+        end = g.op("Mul", steps, g.constant([STEP]))
+        count = g.constant([splits]) if splits else g.op("Mul", steps, g.constant([STEP // size]))
+        rows = g.op("Mul", steps, g.constant([STEP // splits])) if splits else g.constant([size])
+        k, v = (g.op("Reshape", x, g.constant(to)) for x, to in ((k, [KV_HEADS, -1, DIM]), (v, [KV_HEADS, DIM, -1])))
+        k, v = (g.op("Slice", x, g.constant([0]), end, g.constant([axis])) for x, axis in ((k, 1), (v, 2)))
+        k = g.op("Reshape", k, g.op("Concat", g.constant([KV_HEADS]), count, rows, g.constant([DIM]), axis=0))
+        v = g.op("Reshape", v, g.op("Concat", g.constant([KV_HEADS, DIM]), count, rows, axis=0))
         q = g.op("Mul", g.cast(q, HALF, FLOAT), g.constant(SCALE, np.float32))
         q, keys = g.op("Reshape", q, g.constant([KV_HEADS, GROUP, 1, 1, DIM])), g.cast(k, HALF, FLOAT)
         sums = [
@@ -105,32 +115,43 @@ def few(splits: int, sums_of_values: bool = False) -> Write:
             for i in range(GROUP)
         ]
         scores = g.op("Concat", *(g.op("Unsqueeze", each, g.constant([2])) for each in sums), axis=2)
-        mask = g.op("Reshape", seen, g.op("Concat", g.constant([1, splits, 1]), rows, axis=0))
+        mask = g.op("Reshape", seen, g.op("Concat", g.constant([1]), count, g.constant([1]), rows, axis=0))
         scores = g.op("Where", mask, scores, g.constant(HIDDEN, np.float32))
         highest = g.op("ReduceMax", scores, g.constant([3]), keepdims=1)
         weights = g.op("Exp", g.op("Sub", scores, highest))
         total = g.op("ReduceSum", weights, g.constant([3]), keepdims=1)
-        weights = g.cast(g.op("Div", weights, total), FLOAT, HALF)
-        if sums_of_values:
-            sums = [
-                g.op(
-                    "ReduceSum",
-                    g.op("Mul", v, g.op("Unsqueeze", g.op("Gather", weights, g.constant(i), axis=2), g.constant([3]))),
-                    g.constant([2]),
-                    keepdims=0,
-                )
-                for i in range(GROUP)
-            ]
-            part = g.op("Concat", *(g.op("Unsqueeze", each, g.constant([2])) for each in sums), axis=2)
-        else:
-            part = g.op("MatMul", weights, v)
         share = g.op("Exp", g.op("Sub", highest, g.op("ReduceMax", highest, g.constant([1]), keepdims=1)))
-        share = g.op("Mul", share, total)
-        above = g.op("ReduceSum", g.op("Mul", g.cast(part, HALF, FLOAT), share), g.constant([1]), keepdims=0)
-        below = g.op("ReduceSum", share, g.constant([1]), keepdims=0)
+        if whole:
+            weights = g.op("Mul", weights, share)
+        values, sums = g.cast(v, HALF, FLOAT), []
+        for i in range(GROUP):
+            each = g.op("Unsqueeze", g.op("Gather", weights, g.constant(i), axis=2), g.constant([1]))
+            each = g.op("ReduceSum", g.op("Mul", values, each), g.constant([2, 3] if whole else [3]), keepdims=0)
+            sums.append(g.op("Unsqueeze", each, g.constant([1])))
+        above = g.op("Concat", *sums, axis=1)  # [Hkv, G, D(, splits)]
+        share, total = (g.op("Transpose", each, perm=[0, 2, 3, 1]) for each in (share, total))  # [Hkv, G, 1, splits]
+        if not whole:
+            above = g.op("ReduceSum", g.op("Mul", above, share), g.constant([3]), keepdims=0)
+        below = g.op("ReduceSum", g.op("Mul", total, share), g.constant([3]), keepdims=0)
         return g.op("Reshape", g.cast(g.op("Div", above, below), FLOAT, HALF), g.constant([1, HEADS, 1, DIM]))
 
     return write
+
+
+@dataclass(frozen=True)
+class Library:
+    """As llmtrt.graph.lowerings.split_attention has it: it takes the native form, which stands in the graph first."""
+
+    splits: tuple[int, int]
+
+    def __call__(self, *operands: GraphBuilder | ir.Value) -> ir.Value:
+        return native(*operands)
+
+    def lower(self, model: ir.Model) -> ir.Model:
+        model = ShapeInferencePass()(model).model
+        for node in attentions(model):
+            split_attention.split(node, STEP, self.splits)
+        return model
 
 
 FORMS: dict[str, Write] = {
@@ -141,9 +162,20 @@ FORMS: dict[str, Write] = {
     "splits of 128, scores by sums": split(128, "qk"),
     "splits of 256, scores by sums": split(256, "qk"),
     "splits of 64, values by sums": split(64, "pv"),
-    **{f"{splits} splits": few(splits) for splits in (1, 2, 4, 8, 16)},
-    **{f"{splits} splits, values by sums": few(splits, True) for splits in (4, 16, 32)},
+    **{f"{a} × {b} splits": Library((a, b)) for a, b in ((1, 4), (2, 4), (1, 16), (4, 4), (4, 8))},
+    **{f"{splits} splits, values by columns": columns(splits) for splits in (2, 4, 8, 16)},
+    **{f"splits of {size}, values by columns": columns(size=size) for size in (64, 256)},
+    "splits of 256, whole values by columns": columns(size=256, whole=True),
+    **{f"{splits} splits, whole values by columns": columns(splits, whole=True) for splits in (2, 4, 8)},
 }
+
+
+def has_columns(write: Write) -> bool:
+    return write in [form for name, form in FORMS.items() if name.endswith("columns")]
+
+
+def cache_shape(write: Write, which: str, capacity: int) -> list[int]:
+    return [1, KV_HEADS * DIM, capacity, 1] if which == "v" and has_columns(write) else [1, KV_HEADS, capacity, DIM]
 
 
 def chain(write: Write, capacity: int, layers: int) -> ir.Model:
@@ -154,14 +186,17 @@ def chain(write: Write, capacity: int, layers: int) -> ir.Model:
     seen, length = g.op("LessOrEqual", kv_range, positions), g.op("Shape", kv_range)
     outputs = []
     for index in range(layers):
-        k, v = (g.input(f"{which}{index}", HALF, [1, KV_HEADS, capacity, DIM]) for which in "kv")
+        k, v = (g.input(f"{which}{index}", HALF, cache_shape(write, which, capacity)) for which in "kv")
         with g.scope(f"layer{index}"):
             y = write(g, y, k, v, seen, length)
-        outputs.append(y)
+            outputs.append(y)
+            # a decoder's next kernel, which takes in what of the attention can be fused into it
+            y = packed_product.by_itself(Hand(g), g.op("Reshape", y, g.constant([-1, 2, 64])), (1, 1), HALF)
+            y = g.op("Reshape", y, g.constant([1, HEADS, 1, DIM]))
     g.output(outputs[0], "first", HALF, [1, HEADS, 1, DIM])
     if layers > 1:
         g.output(y, "y", HALF, [1, HEADS, 1, DIM])
-    return g.model()
+    return write.lower(g.model()) if isinstance(write, Library) else g.model()
 
 
 def given(capacity: int, length: int, layers: int) -> Arrays:
@@ -171,6 +206,14 @@ def given(capacity: int, length: int, layers: int) -> Arrays:
     found = {"q": 3 * rng.standard_normal((1, HEADS, 1, DIM), np.float32).astype(np.float16)}
     found |= {"positions": np.array([length * 9 // 10]), "kv_range": np.arange(length)}
     return found | {f"{name}{index}": array for index in range(layers) for name, array in caches.items()}
+
+
+def placed(write: Write, inputs: Arrays) -> Arrays:
+    """``inputs`` with the values as ``write`` takes them."""
+    if not has_columns(write):
+        return inputs
+    columns = np.ascontiguousarray(inputs["v0"].transpose(0, 1, 3, 2)).reshape(1, KV_HEADS * DIM, -1, 1)
+    return {name: columns if name.startswith("v") else array for name, array in inputs.items()}
 
 
 def error(found: np.ndarray, inputs: Arrays) -> float:
@@ -184,17 +227,18 @@ def error(found: np.ndarray, inputs: Arrays) -> float:
 
 
 def built(write: Write, capacity: int, layers: int) -> bytes:
-    return build(chain(write, capacity, layers), {"kv_range": ((256,), (min(1024, capacity),), (capacity,))})
+    return build(chain(write, capacity, layers), {"kv_range": ((256,), (min(TUNED_FOR, capacity),), (capacity,))})
 
 
-def check() -> None:
+def check(names: list[str]) -> None:
     import onnxruntime
 
     inputs = given(1024, 512, 1)
-    for name, write in FORMS.items():
+    for name in names or FORMS:
+        write = FORMS[name]
         model = ir.to_proto(chain(write, 1024, 1)).SerializeToString()
         session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-        wrong = error(session.run(["first"], inputs)[0], inputs)
+        wrong = error(session.run(["first"], placed(write, inputs))[0], inputs)
         print(f"{name}: {wrong:.1e}, {len(built(write, 1024, 1)) / 1e6:.1f} MB plan", flush=True)
         assert wrong < 2e-3
 
@@ -208,7 +252,7 @@ def prepare(folder: Path, name: str, capacity: int, specialization: str) -> dict
     for rows, length in CASES:
         if rows == capacity:
             inputs = given(capacity, length, LAYERS)
-            running = Running(plan, inputs, place.with_suffix(".kernels"), specialization)
+            running = Running(plan, placed(FORMS[name], inputs), place.with_suffix(".kernels"), specialization)
             found[length] = float(f"{error(running.output('first'), inputs):.1e}")
             running.save()
             running.close()
@@ -217,9 +261,9 @@ def prepare(folder: Path, name: str, capacity: int, specialization: str) -> dict
 
 def main() -> None:
     if sys.argv[1] == "check":
-        check()
+        check(sys.argv[2:])
         return
-    kinds, results = ("NONE", "EAGER"), {}
+    kinds, results = os.environ.get("KINDS", "NONE,EAGER").split(","), {}
     capacities = sorted({capacity for capacity, _ in CASES})
     cases = [(name, size, kind) for name in sys.argv[2:] or FORMS for size in capacities for kind in kinds]
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +285,7 @@ def main() -> None:
                     continue
                 running = Running(
                     place.with_suffix(".plan").read_bytes(),
-                    caches[capacity, length],
+                    placed(FORMS[name], caches[capacity, length]),
                     place.with_suffix(".kernels"),
                     kind,
                 )

@@ -66,9 +66,9 @@ def build(
 
     The KV cache of each of ``max_batch`` sequences has ``max_seq + chunk`` rows; ``max_seq`` is the package's context
     unless it is given, ``chunk`` the most tokens of one prefill step. ``opt_batch`` and ``opt_context`` are the sizes that
-    kernels are chosen for (1 and 1024). ``compute_capabilities`` ("8.9", …, or "current") narrows the GPUs that it runs
-    on; without, a flavor that builds ahead of time makes one plan for all of 8.0 and later, and any other for the GPU at
-    hand.
+    kernels are chosen for (1 and 1024); those of steps of one row that have a plan of their own are for the longest context.
+    ``compute_capabilities`` ("8.9", …, or "current") narrows the GPUs that it runs on; without, a flavor that builds ahead
+    of time makes one plan for all of 8.0 and later, and any other for the GPU at hand.
 
     ``strip`` leaves the weights in the package, from where they are refitted when the engine is loaded. ``refit``:
     "identical" (only those weights; the default of ``strip``) or "any" (also those of another package of the same

@@ -46,9 +46,10 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Pr
 
 
 def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
-    """One profile, of which L alone is free, in steps of what the capacity is a multiple of."""
-    opt = min(options.capacity, -(-options.opt_context // CONTEXT_STEP) * CONTEXT_STEP)
-    shapes = {name: ((CONTEXT_STEP,), (opt,), (options.capacity,)) for name, shape in inputs.items() if -1 in shape}
+    """One profile, of which L alone is free, in steps of what the capacity is a multiple of, and tuned for all of it: that
+    takes as many threads as long contexts need, which cost short ones nothing (tools/search_attention.py measured it)."""
+    least, most = (CONTEXT_STEP,), (options.capacity,)
+    shapes = {name: (least, most, most) for name, shape in inputs.items() if -1 in shape}
     return [Profile("one row", shapes)]
 
 
