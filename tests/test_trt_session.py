@@ -363,6 +363,14 @@ def test_weights_are_bound_where_they_were_copied_to(with_inputs, machine):
     assert not cuda.live
 
 
+def test_activations_are_those_of_a_layer_where_weights_are_unpacked(with_inputs):
+    said = max(with_inputs.manifest["memory"]["activations"])
+    of_one_row = max(with_inputs.manifest["one_row"]["activations"])
+    shares = {True: [said * 5 // 12] * 2, False: [said // 3, said * 2 // 3]}  # three layers; three sequences
+    expected = [max(each, of_one_row) for each in shares["weight_inputs" in with_inputs.manifest["lowerings"]]]
+    assert [with_inputs.activation_bytes(slots) for slots in (1, 2)] == expected
+
+
 def test_what_lies_beside_the_plans_is_what_their_graphs_take(with_inputs):
     canonical, capacity = load_graph(open_package(with_inputs.package_path)), with_inputs.capacity
     content, taken = (with_inputs.path / WEIGHTS).read_bytes(), with_inputs.weight_inputs

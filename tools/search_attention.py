@@ -34,8 +34,15 @@ SEQUENCES = int(os.environ.get("SEQUENCES", "1"))
 HEADS, KV_HEADS, DIM, LAYERS = 32 * SEQUENCES, 8 * SEQUENCES, 128, 8
 GROUP, SCALE = HEADS // KV_HEADS, DIM**-0.5
 HALF, FLOAT, INT64 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64
-CASES = ((1024, 512), (1024, 1024), (8448, 2048), (8448, 8192), (33024, 512))  # capacity, rows that are seen
-CASES = CASES if SEQUENCES == 1 else CASES[:2]
+CASES = (
+    (1024, 256),
+    (1024, 512),
+    (1024, 1024),
+    (8448, 2048),
+    (8448, 8192),
+    (33024, 512),
+)  # capacity, rows that are seen
+CASES = CASES if SEQUENCES == 1 else CASES[:3]
 TUNED_FOR = int(os.environ.get("TUNED_FOR", "1024"))  # rows of the profile's opt shape
 STEP = 256  # rows that contexts are a multiple of
 HIDDEN = float(np.finfo(np.float16).min)
@@ -142,7 +149,7 @@ def columns(splits: int = 0, size: int = 0, whole: bool = False) -> Write:
 class Library:
     """As llmtrt.graph.lowerings.split_attention has it: it takes the native form, which stands in the graph first."""
 
-    splits: tuple[int, int]
+    splits: tuple[int, ...]
 
     def __call__(self, *operands: GraphBuilder | ir.Value) -> ir.Value:
         return native(*operands)
@@ -162,7 +169,7 @@ FORMS: dict[str, Write] = {
     "splits of 128, scores by sums": split(128, "qk"),
     "splits of 256, scores by sums": split(256, "qk"),
     "splits of 64, values by sums": split(64, "pv"),
-    **{f"{a} × {b} splits": Library((a, b)) for a, b in ((1, 4), (2, 4), (1, 16), (4, 4), (4, 8))},
+    **{f"{' × '.join(map(str, each))} splits": Library(each) for each in ((4,), (2, 4), (16,), (4, 4), (4, 8))},
     **{f"{splits} splits, values by columns": columns(splits) for splits in (2, 4, 8, 16)},
     **{f"splits of {size}, values by columns": columns(size=size) for size in (64, 256)},
     "splits of 256, whole values by columns": columns(size=256, whole=True),

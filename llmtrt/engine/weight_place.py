@@ -7,8 +7,8 @@ from llmtrt.graph.lowerings.weight_inputs import packs
 from llmtrt.graph.structure import load_graph
 from llmtrt.package import Package
 
-# Flavors and compute capabilities: 1.5 × the tokens/s of one sequence (benchmarks/gpu-decode-1b.json). Steps of 2 to 64 rows
-# are slower (benchmarks/gpu-projections-second.json), so it is not for engines of several sequences.
+# Flavors and compute capabilities: 1.5 and 1.8 × the tokens/s of one sequence (benchmarks/gpu-decode-1b.json,
+# gpu-decode-8b.json). Steps of 2 to 64 rows are slower (gpu-projections-4096.json), so it is not for engines of several.
 _FASTER_AS_INPUTS = {("rtx", "9.0")}
 
 

@@ -1,11 +1,11 @@
 """Attention of one row of one sequence as split-KV in standard operators, where a decode step has a plan of its own.
 
 The rows of the cache in sight are a few splits with a softmax of their own, put together by their log-sum-exp
-(Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). The splits are two axes, so that the maximum over
-each is of so few that TensorRT writes it out, in the kernel that needs it. Its own attention runs one block of threads for
-each head, and copies keys and values first (tools/search_attention.py measured both).
+(Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). TensorRT's own attention runs one block of threads
+for each head, and copies keys and values first (tools/search_attention.py measured both).
 """
 
+from functools import reduce
 from math import prod
 
 import numpy as np
@@ -16,9 +16,10 @@ from llmtrt.graph.lowering import Lowering, Target
 from llmtrt.graph.rewrite import Rewrite
 
 _FLOAT = ir.DataType.FLOAT
-# µs a layer of 2 × 4 and of 4 × 4 splits on an H100: 14.2 and 14.9 behind 512 rows, 23.9 and 23.5 behind 2,048, 55.3 and
-# 50.7 behind 8,192. So the first where the cache has up to _SHORT rows.
-_SPLITS, _MANY_SPLITS, _SHORT = (2, 4), (4, 4), 4096
+# µs a layer of the one and the other on an H100: 13.4 and 16.2 behind 512 rows, 23.8 and 24.4 behind 2,048, 55.0 and 49.4
+# behind 8,192. So the first where the cache has up to _SHORT rows. Over two axes of so few TensorRT writes the maximum and
+# the sums out, in the kernel of what comes next; over sixteen they are kernels of their own.
+_SPLITS, _MANY_SPLITS, _SHORT = (2, 4), (16,), 4096
 
 
 def _applies(model: ir.Model, target: Target) -> bool:
@@ -31,14 +32,16 @@ def _apply(model: ir.Model, target: Target) -> ir.Model:
     return model
 
 
-def split(node: ir.Node, step: int, splits: tuple[int, int]) -> None:
+def split(node: ir.Node, step: int, splits: tuple[int, ...]) -> None:
     """Rewrites Attention(q [1, H, 1, D], k, v [1, Hkv, L, D], mask [1, 1, 1, L]) with L a multiple of ``step``, as
-    ``splits`` of its rows."""
+    splits of its rows along axes of the sizes ``splits``."""
     dtype, heads, dim = kind_of(node)
     (q, _, _, mask), scale = operands(node)
     k, v, length = caches(node)
     kv_heads = k.shape[1]
     group, new = heads // kv_heads, Rewrite(node)
+    axes = tuple(range(len(splits), 0, -1))
+    heads_at, rows_at = 1 + len(splits), 2 + len(splits)  # in [Hkv, *splits, group, rows]
     # Sizes written as multiples of what is known: TensorRT pads, and copies for it, what it cannot see to be even.
     steps = new.op("Div", length, new.ints(step))
     rows = new.op("Mul", steps, new.ints(step // prod(splits)))
@@ -50,29 +53,31 @@ def split(node: ir.Node, step: int, splits: tuple[int, int]) -> None:
     )
     # Products in fp32: a few channels of keys may be so large that scores in fp16 or bf16 lose what tells rows apart.
     q = new.op("Mul", new.cast(q, _FLOAT), new.scalar(scale, _FLOAT))
-    q, keys, scores = new.op("Reshape", q, new.ints(kv_heads, group, 1, 1, 1, dim)), new.cast(k, _FLOAT), []
+    q = new.op("Reshape", q, new.ints(kv_heads, group, *(1 for _ in splits), 1, dim))
+    keys, scores = new.cast(k, _FLOAT), []
     for index in range(group):  # sums of one product each, which TensorRT makes in one kernel that reads the keys once
         products = new.op("Mul", keys, new.op("Gather", q, new.constant(np.array(index)), axis=1))
-        scores.append(new.op("Unsqueeze", new.op("ReduceSum", products, new.ints(4), keepdims=0), new.ints(3)))
-    scores = scores[0] if group == 1 else new.op("Concat", *scores, axis=3)  # [Hkv, *splits, group, rows]
+        each = new.op("ReduceSum", products, new.ints(rows_at), keepdims=0)
+        scores.append(new.op("Unsqueeze", each, new.ints(heads_at)))
+    scores = scores[0] if group == 1 else new.op("Concat", *scores, axis=heads_at)
     seen = new.op("Reshape", mask, new.op("Concat", new.ints(1, *splits, 1), rows, axis=0))
     scores = new.op("Where", seen, scores, new.constant(np.array(MASKED, np.float32)))
-    highest = new.op("ReduceMax", scores, new.ints(4), keepdims=1)
+    highest = new.op("ReduceMax", scores, new.ints(rows_at), keepdims=1)
     weights = new.op("Exp", new.op("Sub", scores, highest))
-    total = new.op("ReduceSum", weights, new.ints(4), keepdims=1)
+    total = new.op("ReduceSum", weights, new.ints(rows_at), keepdims=1)
     # Divided before the product, whose sum would be as large as its rows are many: past fp16 in a long, flat context.
     weights = new.cast(new.op("Div", weights, total), dtype)
     parts = new.cast(new.op("MatMul", weights, v), _FLOAT)  # [Hkv, *splits, group, D]
-    share = new.op("Exp", new.op("Sub", highest, _over_splits(new, "ReduceMax", highest)))
+
+    def over_splits(operator: str, x: ir.Value) -> ir.Value:
+        return reduce(lambda found, axis: new.op(operator, found, new.ints(axis), keepdims=1), axes, x)
+
+    share = new.op("Exp", new.op("Sub", highest, over_splits("ReduceMax", highest)))
     share = new.op("Mul", share, total)
-    share = new.op("Div", share, _over_splits(new, "ReduceSum", share))
-    y = new.cast(new.op("ReduceSum", new.op("Mul", parts, share), new.ints(1, 2), keepdims=0), dtype)
+    # Dividing the shares by their sum first gave NaN on an H100 where a context has 256 rows (TensorRT-RTX 1.6.1).
+    above, below = over_splits("ReduceSum", new.op("Mul", parts, share)), over_splits("ReduceSum", share)
+    y = new.cast(new.op("Div", above, below), dtype)
     new.replace(new.op("Reshape", y, new.ints(1, heads, 1, dim)))
-
-
-def _over_splits(new: Rewrite, operator: str, x: ir.Value) -> ir.Value:
-    """One axis after the other: over both at once it would be a kernel of its own."""
-    return new.op(operator, new.op(operator, x, new.ints(2), keepdims=1), new.ints(1), keepdims=1)
 
 
 LOWERING = Lowering("split_attention", _applies, _apply)
