@@ -21,15 +21,22 @@ from llmtrt.quantization.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import plan_kernels
+import search_projection
+import trial_plan
 
 LAYERS = families.SIZES["num_hidden_layers"]
 
 
-@pytest.fixture(scope="module", params=[64, 128])
-def plan(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def flavor():
     flavor = choose("rtx")
     if not flavor.version.startswith("1.6."):
         pytest.skip(f"the schedule is read from plans of TensorRT-RTX 1.6, this is {flavor.version}")
+    return flavor
+
+
+@pytest.fixture(scope="module", params=[64, 128])
+def plan(request, flavor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
     recipe = Recipe("rtn", request.param)
     package = quantize(families.save("llama-whole", folder / "checkpoint"), folder / "package", recipe).package
@@ -56,3 +63,11 @@ def test_products_read_vectors_and_compute_nothing_twice(plan):
         source = plan_kernels.source(plan, kernel.name)
         assert "__myln_floor" in source and source.count("vtype<__myln_int8,8,8>*)live_inouts") == 1
         assert "__myln_sqrt" not in source and "__myln_exp" not in source
+
+
+@pytest.mark.parametrize("form", ["packed", "packed, blocks of 64"])
+def test_weights_are_unpacked_by_vectors(flavor, form):
+    """Of matrices in several slices too, as K = 4096 is."""
+    model, _ = search_projection.chain(search_projection.FORMS[form], 16, (4096, 2048), 1)
+    unpacking = [kernel for kernel in plan_kernels.kernels(trial_plan.build(model)) if "Floo" in kernel.name]
+    assert [kernel.vector for kernel in unpacking] == [8, 8]

@@ -115,15 +115,27 @@ def by_itself(new: Rewrite, x: ir.Value, factors: tuple[float, float], dtype: ir
 
 def _rows_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
     """lo and hi unpacked into a matrix each, for the columns of x that they are for."""
-    scales = [each[0] if len(each) == 1 else new.op("Concat", *each, axis=1) for each in zip(*_scales(weights, k))]
+    scales = [_by_slice(new, each, n) for each in zip(*_scales(weights, k))]
     dtype, parts, columns, products = weights["scale_0"].dtype, _padded(new, x, k, -1), spans(k) * HALF, []
     lo, hi = _halves(new, weights["bytes"], dtype)
     hi = new.op("Mul", hi, new.scalar(1 / SCALED, dtype))
     for index, half in enumerate((lo, hi)):
         part = new.op("Reshape", _take(new, parts, 2, index), new.ints(-1, columns))
+        half = new.op("Reshape", half, new.ints(n, slices(k), -1, HALF))
         matrix = new.op("Reshape", new.op("Mul", half, scales[index % len(scales)]), new.ints(n, columns))
         products.append(new.op("Gemm", part, matrix, transB=1))
     return _shaped(new, new.op("Add", *products), x, n)
+
+
+def _by_slice(new: Rewrite, arrays: tuple[ir.Value, ...], n: int) -> ir.Value:
+    """[N, I, K' / 128 / I, 1] of the I slices' scales; with a Concat of them TensorRT would unpack one number at a time."""
+    arrays = [new.op("Reshape", each, new.ints(n, 1, -1, 1)) for each in arrays]
+    place = np.arange(len(arrays)).reshape(1, -1, 1, 1)
+    return reduce(
+        lambda found, index: new.op("Where", new.constant(place == index), arrays[index], found),
+        range(1, len(arrays)),
+        arrays[0],
+    )
 
 
 def _rows_of_int8(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
