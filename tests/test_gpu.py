@@ -350,6 +350,7 @@ def test_every_allocation_strategy_gives_the_same_tokens(made, sessions, allocat
     assert greedy(on_gpu, [prompt]) == greedy(on_cpu, [prompt])
 
 
+@pytest.mark.alone
 def test_memory_is_about_what_was_predicted(made):
     _, engine = made("smollm2-fp16")
     with on(TrtSession(engine), engine) as llm:
@@ -378,6 +379,7 @@ def test_compiled_kernels_are_kept_on_disk(made, tmp_path):
     assert len(found[1]) >= 2 and all(size > 1000 for size, _ in found[1].values())
 
 
+@pytest.mark.alone
 def test_closing_gives_all_memory_back(made):
     _, engine = made("stories-fp16")
     probe = Cuda()
