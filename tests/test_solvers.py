@@ -54,6 +54,29 @@ def test_gptq_is_optimal_brain_quantization(drawn):
     assert error(weight, q, scale, inputs) < 0.6 * error(weight, nearest, scale, inputs)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_columns_in_several_batches_are_rounded_as_in_one(device, monkeypatch):
+    """Of 128 and of 64 columns, twice over, so that a GPU replays what it captured."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch has no GPU here")
+    rng, k = np.random.default_rng(6), 320
+    inputs = torch.from_numpy(rng.standard_normal((800, k)) @ rng.standard_normal((k, k)) / 18).float()
+    weight, hessian = torch.from_numpy(rng.standard_normal((N, k))).float(), inputs.T @ inputs / 800
+
+    def solved(device: str) -> list[torch.Tensor]:
+        on = [each.to(device) for each in (weight, hessian)]
+        scale = search_scales(on[0], on[1].diagonal(), BLOCK, torch.float16)
+        q = gptq(*on, scale, BLOCK)
+        return [each.cpu() for each in (q, descend(*on, q, scale, BLOCK, torch.float16)[0])]
+
+    first, second = solved(device), solved(device)
+    monkeypatch.setattr("llmtrt.quantization.gptq._BATCH", k)
+    monkeypatch.setattr("llmtrt.quantization.descent._BATCH", k)
+    for found, again, whole in zip(first, second, solved("cpu")):
+        assert torch.equal(found, again)
+        assert (found == whole).float().mean() > 0.99  # a tie may fall to the other side in fp32
+
+
 def test_searched_scales_are_the_best_of_their_grid(drawn):
     weight, _, hessian = drawn
     importance = hessian.diagonal()

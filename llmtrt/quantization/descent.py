@@ -6,6 +6,7 @@ QuantEase: Behdin et al. 2023, https://arxiv.org/abs/2309.01885. Rounds alternat
 import torch
 from torch import Tensor
 
+from llmtrt.quantization.replay import replayed
 from llmtrt.quantization.scales import expanded, fit_scales, quantize
 from llmtrt.quantization.statistics import damp
 
@@ -36,7 +37,9 @@ def _sweep(weight: Tensor, hessian: Tensor, q: Tensor, scale: Tensor, block: int
         before = q.clone()
         for start in range(0, len(order), _BATCH):
             part = slice(start, start + _BATCH)
-            _descend_in(part, q, scales, gradient[:, part].clone(), hessian[part, part], diagonal)
+            q[:, part] = _round(
+                gradient[:, part].clone(), q[:, part], scales[:, part], hessian[part, part], diagonal[part]
+            )
             # What these columns' steps mean for all others, at once: none of those was looked at meanwhile.
             gradient -= (scales[:, part] * (q - before)[:, part]) @ hessian[part]
         if (q != before).sum() < _SETTLED * q.numel():
@@ -44,10 +47,12 @@ def _sweep(weight: Tensor, hessian: Tensor, q: Tensor, scale: Tensor, block: int
     return q[:, order.argsort()]
 
 
-def _descend_in(part: slice, q: Tensor, scales: Tensor, gradient: Tensor, hessian: Tensor, diagonal: Tensor) -> None:
-    """Rounds the columns ``part`` of ``q`` anew, in place; ``gradient`` and ``hessian`` are of those columns."""
-    for column in range(gradient.shape[1]):
-        at, now = scales[:, part.start + column], q[:, part.start + column]
-        best = quantize(at * now + gradient[:, column] / diagonal[part.start + column], at)
-        gradient -= (at * (best - now))[:, None] * hessian[column]
-        q[:, part.start + column] = best
+@replayed
+def _round(gradient: Tensor, q: Tensor, scales: Tensor, hessian: Tensor, diagonal: Tensor) -> Tensor:
+    """The columns ``q`` rounded anew; all are of those columns, and ``gradient`` is spent."""
+    integers = []
+    for column in range(q.shape[1]):
+        at, now = scales[:, column], q[:, column]
+        integers.append(quantize(at * now + gradient[:, column] / diagonal[column], at))
+        gradient -= (at * (integers[-1] - now))[:, None] * hessian[column]
+    return torch.stack(integers, 1)

@@ -7,6 +7,7 @@ scales that are chosen before ("static groups"), so that blocks lie in memory as
 import torch
 from torch import Tensor
 
+from llmtrt.quantization.replay import replayed
 from llmtrt.quantization.scales import expanded, quantize
 from llmtrt.quantization.statistics import damp
 
@@ -25,16 +26,22 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, block: int) -> Tensor:
     upper = _inverse_factor(hessian[order][:, order])
     q = torch.empty_like(work)
     for start in range(0, k, _BATCH):
-        end = min(start + _BATCH, k)
-        part, errors, factor = work[:, start:end], [], upper[start:end, start:end]
-        for column in range(end - start):
-            at = scales[:, start + column]
-            q[:, start + column] = quantize(part[:, column], at)
-            error = (part[:, column] - at * q[:, start + column]) / factor[column, column]
-            part[:, column:] -= error[:, None] * factor[column, column:]
-            errors.append(error)
-        work[:, end:] -= torch.stack(errors, 1) @ upper[start:end, end:]
+        part, rest = slice(start, start + _BATCH), slice(start + _BATCH, k)
+        q[:, part], errors = _round(work[:, part], scales[:, part], upper[part, part])
+        work[:, rest] -= errors @ upper[part, rest]
     return q[:, order.argsort()]
+
+
+@replayed
+def _round(weight: Tensor, scales: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and what their errors are to the columns after them, [N, columns] each; ``weight`` is spent."""
+    integers, errors = [], []
+    for column in range(weight.shape[1]):
+        at = scales[:, column]
+        integers.append(quantize(weight[:, column], at))
+        errors.append((weight[:, column] - at * integers[-1]) / factor[column, column])
+        weight[:, column:] -= errors[-1][:, None] * factor[column, column:]
+    return torch.stack(integers, 1), torch.stack(errors, 1)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
