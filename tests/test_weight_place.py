@@ -14,10 +14,11 @@ from llmtrt.quantization.recipe import Recipe
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """By what their matrices are: of blocks that can be inputs, of such that cannot, and not quantized."""
+    """By what their matrices are: of blocks that can be inputs, of such that cannot, in another type, and not quantized."""
     folder = tmp_path_factory.mktemp("packages")
     checkpoint = families.save("llama-even", folder / "checkpoint")
     recipes = {"blocks of 64": Recipe("rtn", 64), "blocks of 16": Recipe("rtn", 16), "fp16": Recipe("none")}
+    recipes["in bf16"] = Recipe("rtn", 64, "bfloat16")
     return {name: quantize(checkpoint, folder / name, recipe).package for name, recipe in recipes.items()}
 
 
@@ -37,6 +38,7 @@ def here(*capabilities: str) -> Gpus:
         ("plan", ["9.0"], "blocks of 64", {"compute_capabilities": ("8.9", "current")}),
         ("plan", ["9.0"], "blocks of 16", {}),
         ("plan", ["9.0"], "fp16", {}),
+        ("plan", ["9.0"], "in bf16", {}),
         ("plan", ["9.0"], "blocks of 64", {"max_batch": 2}),
         ("plan", ["9.0"], "blocks of 64", {"strip": True}),
         ("plan", ["9.0"], "blocks of 64", {"debug_tensors": ("logits",)}),
