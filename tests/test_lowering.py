@@ -335,9 +335,9 @@ def test_a_product_of_packed_weights_is_the_matrix_product(k, block, rows):
     largest = 8 if block else 128
     q = rng.integers(-largest, largest, (k, n)).astype(np.int8)
     scale = (rng.uniform(0.08, 0.16, (k // block, n) if block else n) / largest).astype(np.float16)
+    x, massive = rng.standard_normal((1, rows, k)).astype(np.float16), rng.integers(0, k, 3)
+    x[:, :, massive], q[massive] = 1500, largest - 1  # massive activations, by the largest weights
     arrays = packed.arrays("w", [matrix_of(q, scale, block)])
-    x = rng.standard_normal((1, rows, k)).astype(np.float16)
-    x[:, :, rng.integers(0, k, 3)] *= 1500 if block else 400  # massive activations
     given = ir.val("x", ir.DataType.FLOAT16, x.shape)
     node = ir.node("Identity", [given])
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "y", given.type, ir.Shape([1, rows, n])
