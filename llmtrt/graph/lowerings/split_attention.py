@@ -74,7 +74,8 @@ def split(node: ir.Node, step: int, splits: tuple[int, ...]) -> None:
 
     share = new.op("Exp", new.op("Sub", highest, over_splits("ReduceMax", highest)))
     share = new.op("Mul", share, total)
-    # Dividing the shares by their sum first gave NaN on an H100 where a context has 256 rows (TensorRT-RTX 1.6.1).
+    # Not parts · (share / sum of shares): of a value that a kernel has whole and, in a sum that is written out, in slices,
+    # TensorRT-RTX 1.6.1 takes the element at hand for the first slice (as its source shows; NaN in short contexts).
     above, below = over_splits("ReduceSum", new.op("Mul", parts, share)), over_splits("ReduceSum", share)
     y = new.cast(new.op("Div", above, below), dtype)
     new.replace(new.op("Reshape", y, new.ints(1, heads, 1, dim)))
