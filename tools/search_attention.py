@@ -1,7 +1,7 @@
 """Which form of a decode step's attention is the fastest: eight layers, 32 heads over 8 KV heads of 128, one sequence.
 
 python tools/search_attention.py check [FORM…]   # every form against float64 on ONNX Runtime, and built; no GPU
-python tools/search_attention.py time [FORM…]    # on the GPU: microseconds a layer, relative error
+python tools/search_attention.py time [FORM…]    # on the GPU: relative error, microseconds a layer
 
 With SEQUENCES=16 in the environment, of as many sequences of one length: as many times the heads. KINDS=NONE: of that
 kernel specialization alone.
@@ -299,7 +299,9 @@ def main() -> None:
                 found["us_a_layer"] = round(1e6 * running.seconds() / LAYERS, 2)
                 running.close()
         for name, found in results.items():
-            print(name, {case: each["us_a_layer"] if "us_a_layer" in each else each for case, each in found.items()})
+            print(
+                name, {case: tuple(each.values()) if isinstance(each, dict) else each for case, each in found.items()}
+            )
     name = "gpu-attention" if SEQUENCES == 1 else f"gpu-attention-{SEQUENCES}"
     provenance.write(name, results, ("numpy",), quiet=True)
 
