@@ -28,8 +28,13 @@ def _applies(model: ir.Model, target: Target) -> bool:
 
 def _apply(model: ir.Model, target: Target) -> ir.Model:
     for node in attentions(model):
-        split(node, target.context_step, _SPLITS if target.capacity <= _SHORT else _MANY_SPLITS)
+        split(node, target.context_step, splits_of(target.capacity))
     return model
+
+
+def splits_of(capacity: int) -> tuple[int, ...]:
+    """The splits of a cache of ``capacity`` rows, axis by axis."""
+    return _SPLITS if capacity <= _SHORT else _MANY_SPLITS
 
 
 def split(node: ir.Node, step: int, splits: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Weights as inputs of the network: plans have none, share one copy of them, and need no GPU to be built.
+"""Weights as inputs of the network: plans share one copy of them, have none but a head, and need no GPU to be built.
 
 INT4 and INT8 matrices become the bytes and scales of llmtrt.graph.packed, those that multiply the same value as one matrix;
 the others stay as they are. Each input says by ``weight_of`` what it holds. An INT4 head for many rows alone stays in the

@@ -1,0 +1,55 @@
+"""Forms written for TensorRT's compiler, each by itself on a real GPU against float64: what it fuses, it may fuse wrongly."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_gpu import gpu  # noqa: F401 - skips where there is none
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import search_attention
+import search_projection
+import trial_plan
+
+pytestmark = pytest.mark.gpu
+
+
+PRODUCTS = [
+    *((form, k) for form in ("packed", "packed, blocks of 64", "int8, packed") for k in (640, 2048, 4096)),
+    ("packed, blocks of 64", 576),  # half a span is filled up; those before have one, two and four slices
+    ("int8, packed", 576),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("form, k", PRODUCTS)
+def test_products_of_packed_weights(form, k, rows, tmp_path):
+    form, shapes = search_projection.FORMS[form], (k, 1024)
+    model, arrays = search_projection.chain(form, rows, shapes, 1)
+    inputs = {f"w{index}.{name}": array for index, each in enumerate(arrays) for name, array in each.items()}
+    inputs["x"] = search_projection.first_x(rows, k)
+    running = trial_plan.Running(trial_plan.build(model), inputs, tmp_path / "kernels", "NONE")
+    try:
+        wrong = search_projection.error(form, running.output("first"), shapes)
+    finally:
+        running.close()
+    print(f"error {wrong:.1e}")
+    assert wrong < 3e-3
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9])  # of the context that is behind the position
+@pytest.mark.parametrize("capacity, length", [(1024, 256), (1024, 768), (8448, 256), (8448, 8192)])
+def test_attention_in_splits(capacity, length, share, tmp_path, monkeypatch):
+    """As a decode step of that capacity has it, where few splits see anything and where all do."""
+    monkeypatch.setattr(search_attention, "TUNED_FOR", capacity)
+    form = search_attention.Library(search_attention.split_attention.splits_of(capacity))
+    inputs = search_attention.given(capacity, length, 2) | {"positions": np.array([int(share * length)])}
+    plan = search_attention.built(form, capacity, 2)
+    running = trial_plan.Running(plan, search_attention.placed(form, inputs), tmp_path / "kernels", "NONE")
+    try:
+        wrong = search_attention.error(running.output("first"), inputs)
+    finally:
+        running.close()
+    print(f"error {wrong:.1e}")
+    assert wrong < 3e-3
