@@ -1,4 +1,4 @@
-"""Forms written for TensorRT's compiler, each by itself on a real GPU against float64: what it fuses, it may fuse wrongly."""
+"""Forms written for TensorRT's compiler, each by itself on a GPU against float64: what it fuses, it may fuse wrongly."""
 
 import sys
 from pathlib import Path
