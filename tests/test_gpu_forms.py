@@ -40,9 +40,8 @@ def test_products_of_packed_weights(form, k, rows, tmp_path):
 
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.9])  # of the context that is behind the position
 @pytest.mark.parametrize("capacity, length", [(1024, 256), (1024, 768), (8448, 256), (8448, 8192)])
-def test_attention_in_splits(capacity, length, share, tmp_path, monkeypatch):
+def test_attention_in_splits(capacity, length, share, tmp_path):
     """As a decode step of that capacity has it, where few splits see anything and where all do."""
-    monkeypatch.setattr(search_attention, "TUNED_FOR", capacity)
     form = search_attention.Library(search_attention.split_attention.splits_of(capacity))
     inputs = search_attention.given(capacity, length, 2) | {"positions": np.array([int(share * length)])}
     plan = search_attention.built(form, capacity, 2)

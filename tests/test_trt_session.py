@@ -364,11 +364,23 @@ def test_weights_are_bound_where_they_were_copied_to(with_inputs, machine):
 
 
 def test_activations_are_those_of_a_layer_where_weights_are_unpacked(with_inputs):
-    said = max(with_inputs.manifest["memory"]["activations"])
-    of_one_row = max(with_inputs.manifest["one_row"]["activations"])
-    shares = {True: [said * 5 // 12] * 2, False: [said // 3, said * 2 // 3]}  # three layers; three sequences
-    expected = [max(each, of_one_row) for each in shares["weight_inputs" in with_inputs.manifest["lowerings"]]]
-    assert [with_inputs.activation_bytes(slots) for slots in (1, 2)] == expected
+    """Or of the head, where that is larger."""
+    manifest, layers = with_inputs.manifest, with_inputs.spec.layers
+    said, of_one_row = max(manifest["memory"]["activations"]), max(manifest["one_row"]["activations"])
+    if "weight_inputs" not in manifest["lowerings"]:
+        expected = [max(said * slots // 3, of_one_row) for slots in (1, 2)]
+        assert [with_inputs.activation_bytes(slots) for slots in (1, 2)] == expected
+        return
+    assert (
+        with_inputs.activation_bytes(1) == with_inputs.activation_bytes(2) == max(said // layers * 5 // 4, of_one_row)
+    )
+    head = 1 << 20
+    weights = manifest["weight_inputs"] | {"lm_head.weight.bytes": [0, head]}
+    memory = manifest["memory"] | {"activations": [said, 100 * head]}
+    larger = dataclasses.replace(with_inputs, manifest=manifest | {"weight_inputs": weights, "memory": memory})
+    assert larger.activation_bytes(1) == 100 * head // layers * 5 // 4
+    memory["activations"] = [said, 6 * head]
+    assert larger.activation_bytes(1) == max(4 * head * 5 // 4, of_one_row)  # of fp32
 
 
 def test_what_lies_beside_the_plans_is_what_their_graphs_take(with_inputs):

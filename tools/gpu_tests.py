@@ -19,14 +19,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-W", "ignore"]
 TOGETHER = 6  # tests of one package in one process
+GRACE = 5  # seconds from asking a process to end to making it
 SLOWEST = "inputs"  # a plan for steps of one row takes minutes to build: first, each by itself
 
 
 def collect(marks: str) -> list[str]:
-    said = subprocess.run(
-        [*PYTEST, "--collect-only", "-m", marks, "tests"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
-    return [line for line in said.splitlines() if "::" in line]
+    command = [*PYTEST, "--collect-only", "-m", marks, "tests"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if said.returncode:
+        sys.exit(f"{said.stdout}{said.stderr}")
+    return [line for line in said.stdout.splitlines() if "::" in line]
 
 
 def groups(tests: list[str]) -> list[list[str]]:
@@ -47,9 +49,12 @@ def run(tests: list[str], log: Path, end: float) -> bool:
         try:
             code = process.wait(max(1, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            code = process.wait()
-    last = [f"ended with {code}", *log.read_text().splitlines()][-1]
+            code = None
+            process.send_signal(signal.SIGINT)  # pytest then says what passed, unless TensorRT is building
+            time.sleep(GRACE)
+            process.kill()
+            process.wait()
+    last = "had not ended" if code is None else [f"ended with {code}", *log.read_text().splitlines()][-1]
     print(f"{log.name}: {last} ({tests[0].split('::')[1]}, …)", flush=True)
     return code == 0
 

@@ -31,6 +31,7 @@ from measure_gpu import (
     profile,
     say,
     start_builds,
+    warm,
     watch,
 )
 
@@ -68,6 +69,7 @@ def ids_of(llm: LLM, count: int) -> list[int]:
 
 
 def speed(folder: Path, shape: str, results: dict) -> None:
+    warm(engine_folder(folder, "plan"))
     for name, settings in {
         "plan": {},
         "inputs": {},

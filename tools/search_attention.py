@@ -4,7 +4,7 @@ python tools/search_attention.py check [FORM…]   # every form against float64 
 python tools/search_attention.py time [FORM…]    # on the GPU: relative error, microseconds a layer
 
 With SEQUENCES=16 in the environment, of as many sequences of one length: as many times the heads. KINDS=NONE: of that
-kernel specialization alone.
+kernel specialization alone. TUNED_FOR=1024: with that many rows as the profile's opt shape, and not the capacity.
 """
 
 import multiprocessing
@@ -43,7 +43,8 @@ CASES = (
     (33024, 512),
 )  # capacity, rows that are seen
 CASES = CASES if SEQUENCES == 1 else CASES[:3]
-TUNED_FOR = int(os.environ.get("TUNED_FOR", "1024"))  # rows of the profile's opt shape
+TUNED_FOR = int(os.environ.get("TUNED_FOR", "0"))
+KINDS = os.environ.get("KINDS", "NONE,EAGER").split(",")
 STEP = 256  # rows that contexts are a multiple of
 HIDDEN = float(np.finfo(np.float16).min)
 Write = Callable[[GraphBuilder, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value], ir.Value]
@@ -234,7 +235,9 @@ def error(found: np.ndarray, inputs: Arrays) -> float:
 
 
 def built(write: Write, capacity: int, layers: int) -> bytes:
-    return build(chain(write, capacity, layers), {"kv_range": ((256,), (min(TUNED_FOR, capacity),), (capacity,))})
+    return build(
+        chain(write, capacity, layers), {"kv_range": ((256,), (min(TUNED_FOR or capacity, capacity),), (capacity,))}
+    )
 
 
 def check(names: list[str]) -> None:
@@ -270,9 +273,9 @@ def main() -> None:
     if sys.argv[1] == "check":
         check(sys.argv[2:])
         return
-    kinds, results = os.environ.get("KINDS", "NONE,EAGER").split(","), {}
+    results = {}
     capacities = sorted({capacity for capacity, _ in CASES})
-    cases = [(name, size, kind) for name in sys.argv[2:] or FORMS for size in capacities for kind in kinds]
+    cases = [(name, size, kind) for name in sys.argv[2:] or FORMS for size in capacities for kind in KINDS]
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(max(1, os.cpu_count() - 2), multiprocessing.get_context("spawn")) as pool:
             waiting = [pool.submit(partial(prepare, Path(folder)), *case) for case in cases]
@@ -303,7 +306,7 @@ def main() -> None:
                 name, {case: tuple(each.values()) if isinstance(each, dict) else each for case, each in found.items()}
             )
     name = "gpu-attention" if SEQUENCES == 1 else f"gpu-attention-{SEQUENCES}"
-    provenance.write(name, results, ("numpy",), quiet=True)
+    provenance.write(name, {"tuned for": TUNED_FOR or "the capacity"} | results, ("numpy",), quiet=True)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ def replayed(steps: Callable[..., Found]) -> Callable[..., Found]:
         if not given[0].is_cuda:
             return steps(*given)
         key = tuple((each.device, each.dtype, each.shape) for each in given)
-        if key not in captured:
-            captured[key] = _capture(steps, [each.clone() for each in given])
-        graph, places, found = captured[key]
-        for place, each in zip(places, given):
-            place.copy_(each)
-        graph.replay()
+        with torch.cuda.device(given[0].device):
+            if key not in captured:
+                captured[key] = _capture(steps, [each.clone() for each in given])
+            graph, places, found = captured[key]
+            for place, each in zip(places, given):
+                place.copy_(each)
+            graph.replay()
         return found
 
     return run
