@@ -1,6 +1,7 @@
 """Forms written for TensorRT's compiler, each by itself on a GPU against float64: what it fuses, it may fuse wrongly."""
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ import trial_plan
 
 pytestmark = pytest.mark.gpu
 
-
 PRODUCTS = [
     *((form, k) for form in ("packed", "packed, blocks of 64", "int8, packed") for k in (640, 2048, 4096)),
     ("packed, blocks of 64", 576),  # half a span is filled up; those before have one, two and four slices
@@ -27,13 +27,9 @@ PRODUCTS = [
 def test_products_of_packed_weights(form, k, rows, tmp_path):
     form, shapes = search_projection.FORMS[form], (k, 1024)
     model, arrays = search_projection.chain(form, rows, shapes, 1)
-    inputs = {f"w{index}.{name}": array for index, each in enumerate(arrays) for name, array in each.items()}
-    inputs["x"] = search_projection.first_x(rows, k)
-    running = trial_plan.Running(trial_plan.build(model), inputs, tmp_path / "kernels", "NONE")
-    try:
+    plan, inputs = trial_plan.build(model), search_projection.given(rows, arrays, shapes, 1)
+    with closing(trial_plan.Running(plan, inputs, tmp_path / "kernels", "NONE")) as running:
         wrong = search_projection.error(form, running.output("first"), shapes)
-    finally:
-        running.close()
     print(f"error {wrong:.1e}")
     assert wrong < 3e-3
 
@@ -45,10 +41,7 @@ def test_attention_in_splits(capacity, length, share, tmp_path):
     form = search_attention.Library(search_attention.split_attention.splits_of(capacity))
     inputs = search_attention.given(capacity, length, 2) | {"positions": np.array([int(share * length)])}
     plan = search_attention.built(form, capacity, 2)
-    running = trial_plan.Running(plan, search_attention.placed(form, inputs), tmp_path / "kernels", "NONE")
-    try:
+    with closing(trial_plan.Running(plan, inputs, tmp_path / "kernels", "NONE")) as running:
         wrong = search_attention.error(running.output("first"), inputs)
-    finally:
-        running.close()
     print(f"error {wrong:.1e}")
     assert wrong < 3e-3

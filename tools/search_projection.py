@@ -110,18 +110,17 @@ def check(builds: bool) -> dict[str, float]:
             session = onnxruntime.InferenceSession(
                 ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
-            inputs = {f"w{index}.{key}": array for index, each in enumerate(arrays) for key, array in each.items()}
-            (first,) = session.run(["first"], {"x": first_x(m, shapes[0])} | inputs)
+            (first,) = session.run(["first"], given(m, arrays, shapes, 1))
             found[f"{name}, {m} rows"] = error(form, first, shapes)
             built = f"{len(build(model)) / 1e6:.1f} MB plan" if builds else ""
             print(f"{name}, {m} rows: {found[f'{name}, {m} rows']:.1e} {built}", flush=True)
     return found
 
 
-def given(m: int, arrays: list[Arrays]) -> Arrays:
+def given(m: int, arrays: list[Arrays], shapes: tuple[int, int] = SHAPES, pairs: int = PAIRS) -> Arrays:
     """The chain's inputs; all pairs of matrices have the same values."""
-    found = {"x": first_x(m, SHAPES[0])}
-    for index in range(2 * PAIRS if arrays else 0):
+    found = {"x": first_x(m, shapes[0])}
+    for index in range(2 * pairs if arrays else 0):
         found |= {f"w{index}.{name}": array for name, array in arrays[index % 2].items()}
     return found
 

@@ -45,8 +45,6 @@ def split(node: ir.Node, step: int, splits: tuple[int, ...]) -> None:
     k, v, length = caches(node)
     kv_heads = k.shape[1]
     group, new = heads // kv_heads, Rewrite(node)
-    axes = tuple(range(len(splits), 0, -1))
-    heads_at, rows_at = 1 + len(splits), 2 + len(splits)  # in [Hkv, *splits, group, rows]
     # Sizes written as multiples of what is known: TensorRT pads, and copies for it, what it cannot see to be even.
     steps = new.op("Div", length, new.ints(step))
     rows = new.op("Mul", steps, new.ints(step // prod(splits)))
@@ -62,19 +60,19 @@ def split(node: ir.Node, step: int, splits: tuple[int, ...]) -> None:
     keys, scores = new.cast(k, _FLOAT), []
     for index in range(group):  # sums of one product each, which TensorRT makes in one kernel that reads the keys once
         products = new.op("Mul", keys, new.op("Gather", q, new.constant(np.array(index)), axis=1))
-        each = new.op("ReduceSum", products, new.ints(rows_at), keepdims=0)
-        scores.append(new.op("Unsqueeze", each, new.ints(heads_at)))
-    scores = scores[0] if group == 1 else new.op("Concat", *scores, axis=heads_at)
+        scores.append(new.op("Unsqueeze", new.op("ReduceSum", products, new.ints(-1), keepdims=0), new.ints(-2)))
+    scores = scores[0] if group == 1 else new.op("Concat", *scores, axis=-2)  # [Hkv, *splits, group, rows]
     seen = new.op("Reshape", mask, new.op("Concat", new.ints(1, *splits, 1), rows, axis=0))
     scores = new.op("Where", seen, scores, new.constant(np.array(MASKED, np.float32)))
-    highest = new.op("ReduceMax", scores, new.ints(rows_at), keepdims=1)
+    highest = new.op("ReduceMax", scores, new.ints(-1), keepdims=1)
     weights = new.op("Exp", new.op("Sub", scores, highest))
-    total = new.op("ReduceSum", weights, new.ints(rows_at), keepdims=1)
+    total = new.op("ReduceSum", weights, new.ints(-1), keepdims=1)
     # Divided before the product, whose sum would be as large as its rows are many: past fp16 in a long, flat context.
     weights = new.cast(new.op("Div", weights, total), dtype)
     parts = new.cast(new.op("MatMul", weights, v), _FLOAT)  # [Hkv, *splits, group, D]
 
     def over_splits(operator: str, x: ir.Value) -> ir.Value:
+        axes = range(len(splits), 0, -1)
         return reduce(lambda found, axis: new.op(operator, found, new.ints(axis), keepdims=1), axes, x)
 
     share = new.op("Exp", new.op("Sub", highest, over_splits("ReduceMax", highest)))
