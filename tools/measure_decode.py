@@ -24,6 +24,7 @@ from measure_gpu import (
     NEW,
     PROMPT,
     Peak,
+    attempted,
     end_builds,
     engine_folder,
     load,
@@ -68,6 +69,12 @@ def ids_of(llm: LLM, count: int) -> list[int]:
     return np.random.default_rng(0).integers(0, llm._session.spec.vocab_size, count).tolist()
 
 
+def prefill(llm: LLM, ids: list[int]) -> dict:
+    """The kernels of one prefill of ``ids``."""
+    kernels = watch(llm, ids, 1)
+    return {"us": round(sum(end - start for start, end, _ in kernels), 1), **longest(kernels, 1, 16)}
+
+
 def speed(folder: Path, shape: str, results: dict) -> None:
     warm(engine_folder(folder, "plan"))
     for name, settings in {
@@ -82,15 +89,7 @@ def speed(folder: Path, shape: str, results: dict) -> None:
         found["memory"] = llm.memory().to_json() | {"peak": peak.bytes}
         ids = ids_of(llm, PROMPT)
         found["greedy"] = llm.generate(ids, SamplingParams(max_tokens=16, **GREEDY)).token_ids
-        try:
-            found["profile"] = profile(llm, ids)
-            kernels = watch(llm, ids, 1)
-            found["prefill"] = {
-                "us": round(sum(end - start for start, end, _ in kernels), 1),
-                **longest(kernels, 1, 16),
-            }
-        except Exception as error:  # noqa: BLE001 - the profiler is not the measured thing
-            found["profile"] = f"no profile: {error}"
+        found["profile"], found["prefill"] = attempted(profile, llm, ids), attempted(prefill, llm, ids)
         say(name, found)
         results[name] = found
         llm.close()
@@ -112,10 +111,7 @@ def context(folder: Path, shape: str, results: dict) -> None:
             results[where] = rates(llm, case, runs=2)
             say(where, results[where])
         if behind in asked:
-            try:
-                results[f"{name}: profile behind 8192 tokens"] = profile(llm, ids_of(llm, 8192))
-            except Exception as error:  # noqa: BLE001 - the profiler is not the measured thing
-                results[f"{name}: profile behind 8192 tokens"] = f"no profile: {error}"
+            results[f"{name}: profile behind 8192 tokens"] = attempted(profile, llm, ids_of(llm, 8192))
         llm.close()
         gc.collect()
 

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from llmtrt.engine.manifest import open_engine  # noqa: E402
 from llmtrt.evaluate.perplexity import perplexity  # noqa: E402
 from llmtrt.evaluate.speed import Case, measure  # noqa: E402
 from llmtrt.package import open_package  # noqa: E402
-from llmtrt.quantization.recipe import read_recipe  # noqa: E402
+from llmtrt.quantization.recipe import Recipe, read_recipe  # noqa: E402
 from llmtrt.runtime.cuda import Cuda  # noqa: E402
 from llmtrt.runtime.load import Loaded  # noqa: E402
 from llmtrt.runtime.scheduler import logits_of  # noqa: E402
@@ -331,11 +332,8 @@ def speed(folder: Path) -> dict:
     say(results["memory"])
     results["loop"] = time_loop(llm, ids)
     say(results["loop"])
-    try:
-        results["profile"] = profile(llm, ids)
-        say(results["profile"])
-    except Exception as error:  # noqa: BLE001 - the profiler is not the measured thing
-        results["profile"] = f"no profile: {error}"
+    results["profile"] = attempted(profile, llm, ids)
+    say(results["profile"])
     llm.close()
     gc.collect()
     results["allocation"] = {}
@@ -410,6 +408,14 @@ def longest(kernels: list[tuple[float, float, str]], steps: int, count: int) -> 
         names.setdefault(name[:80], []).append(end - start)
     top = sorted(names.items(), key=lambda item: -sum(item[1]))[:count]
     return {name: [round(sum(took) / steps, 1), round(len(took) / steps, 1)] for name, took in top}
+
+
+def attempted(look: Callable[..., dict], *arguments: object) -> dict | str:
+    """What ``look`` finds with the profiler, or why it does not: it is not the measured thing."""
+    try:
+        return look(*arguments)
+    except Exception as error:  # noqa: BLE001
+        return f"no profile: {error}"
 
 
 def profile(llm: LLM, ids: list) -> dict:
@@ -548,10 +554,7 @@ def batches(folder: Path) -> dict:
         }
         say(size, results[f"batch {size}"])
     results["memory"] = llm.memory().to_json()
-    try:
-        results["profile of 16"] = profile(llm, [ids_8b()[:PROMPT]] * 16)
-    except Exception as error:  # noqa: BLE001 - the profiler is not the measured thing
-        results["profile of 16"] = f"no profile: {error}"
+    results["profile of 16"] = attempted(profile, llm, [ids_8b()] * 16)
     llm.close()
     rng, slots = np.random.default_rng(1), 16
     prompts = [rng.integers(0, 128000, count).tolist() for count in rng.integers(32, PROMPT, 256)]
@@ -602,15 +605,21 @@ def lookup(folder: Path) -> dict:
     return {"tasks": found, "seconds_of_a_step": seconds}
 
 
+def make_smollm2(package: Path, engine: Path, recipe: str | Recipe, **options: object) -> None:
+    """Those of the two that are not there from an earlier call."""
+    if not package.exists():
+        quantize(os.environ["SMOLLM2"], package, recipe)
+    if not engine.exists():
+        build(package, engine, verify=False, **options)
+
+
 def vocabulary(folder: Path) -> dict:
     plain, found = read_recipe("int4-g64"), {}
     for name, recipe in {"fp16": plain, "int8": replace(plain, embedding="int8", lm_head="int8")}.items():
         package, path = folder / f"vocabulary-{name}", engine_folder(folder, f"vocabulary-{name}")
-        if not package.exists():
-            quantize(os.environ["SMOLLM2"], package, recipe)
-        if not path.exists():
-            build(package, path, max_seq=1024, verify=False)
-        warm(path)
+        make_smollm2(package, path, recipe, max_seq=1024)
+        if not found:
+            warm(path)
         llm, _ = load(path)
         llm.generate(list(range(100, 612)), SamplingParams(max_tokens=8, **GREEDY))
         found[name] = {
@@ -624,14 +633,12 @@ def vocabulary(folder: Path) -> dict:
 
 
 def places(folder: Path) -> dict:
-    package, found = folder / "places", {}
-    if not package.exists():
-        quantize(os.environ["SMOLLM2"], package, "int4-g64")
+    found: dict = {}
     for weights in ("plan", "inputs"):
         path = engine_folder(folder, f"places-{weights}")
-        if not path.exists():
-            build(package, path, max_seq=2048, weights=weights, verify=False)
-        warm(path)
+        make_smollm2(folder / "places", path, "int4-g64", max_seq=2048, weights=weights)
+        if not found:
+            warm(path)
         llm, _ = load(path)
         speed = measure(llm, Case(PROMPT, NEW))
         found[weights] = {
