@@ -9,9 +9,9 @@ and unless it is greedy only
 
 It chooses what ``llmtrt.runtime.sampling.Sampler`` chooses: repetition penalty (Keskar et al. 2019, arXiv:1909.05858),
 temperature, top_k, top_p (Holtzman et al. 2019, arXiv:1904.09751), min_p, then the first token in the order of ids whose
-cumulative weight passes noise[step] of the sum; where temperature is 0, the likeliest token. Two things differ: of equal
-weights at top_p's border it keeps all and not the first alone; and it adds up in fp32, which rounds off as much as a very
-unlikely token weighs, so that where nothing cuts those off, 2 of 1000 tokens are the neighbour in their order (SmolLM2).
+cumulative weight passes noise[step] of the sum; where temperature is 0, the likeliest token. But it adds up in fp32, which
+rounds off as much as a very unlikely token weighs, so that where nothing cuts those off, 2 of 1000 tokens are the neighbour
+in their order (SmolLM2).
 
 No TopK: the borders of top_k and top_p are found by bisection. On an H100 with V = 128256 (TensorRT-RTX, a CUDA graph,
 batch 1) 32 rounds take 126 µs for any k, where TopK takes 438 for k = 64 and 6200 for k = 3840, its most. Reductions go

@@ -99,8 +99,7 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
     that of the most likely one.
 
     Ids ascend, so that two nearly equal logits that change their rank do not move the other tokens' share of the noise;
-    they are None where every token is left, [n] otherwise. A tie at the k-th place keeps all that tie, as in
-    transformers.
+    they are None where every token is left, [n] otherwise. A tie at the border of top_k or top_p keeps all that tie.
     """
     ids = None
     if 0 < params.top_k < len(logits):
@@ -121,17 +120,14 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
     """Ascending places of the fewest largest ``weights`` [n] whose share of the sum reaches ``top_p`` (Holtzman et al.
-    2019, arXiv:1904.09751); of equal ones at the border the first."""
+    2019, arXiv:1904.09751), and of those that equal the smallest."""
     total = weights.sum(dtype=np.float64)
     # All below 1 - top_p of the mean sum to less than 1 - top_p of the total: none of them is needed.
     places = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
     candidates = weights[places]
     falling = np.sort(candidates)[::-1]
     count = 1 + int(np.searchsorted(np.cumsum(falling[:-1], dtype=np.float64), top_p * total))
-    border = falling[count - 1]
-    above = candidates > border
-    above[np.flatnonzero(candidates == border)[: count - int(above.sum())]] = True
-    return places[above]
+    return places[candidates >= falling[count - 1]]
 
 
 def _kth_largest(values: np.ndarray, k: int) -> np.floating:
