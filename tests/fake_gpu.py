@@ -375,8 +375,9 @@ class FakeTensorRT(types.ModuleType):
         self.EngineInvalidityDiagnostics = types.SimpleNamespace(__members__=members)
 
     def runs_of(self, plan, profile=0):
-        """The shapes of the steps of one plan in one profile, in their order."""
-        return [shapes for *where, shapes in self.runs if where == [plan, profile]]
+        """The shapes of one plan's steps in one profile, in their order; those of 0, decode, are of each batch size's, too."""
+        found = [(where, shapes) for name, where, shapes in self.runs if name == plan]
+        return [shapes for where, shapes in found if where == profile or profile == 0 and where > 1]
 
 
 def _read(reader):
@@ -409,6 +410,8 @@ class FakeEngine:
         self.session = _session(trt.graph if self.decodes else name, trt.manifest["model"]["vocab_size"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
+        if name == PLAN and "split_attention" in trt.manifest["lowerings"]:  # the file's graph has the other form alone
+            self.inputs["decode_rows"] = types.SimpleNamespace(type="tensor(int64)", shape=["decode_rows"])
         takes = name == DECODE or name == PLAN and "weight_inputs" in trt.manifest["lowerings"]
         self.weights = trt.weight_inputs if takes else {}
         self.names = [*self.inputs, *self.weights, *self.outputs]
@@ -423,6 +426,10 @@ class FakeEngine:
         address = self.trt.cuda.take(size)
         assert address is not None, "TensorRT has no room for the weights"
         weakref.finalize(self, self.trt.cuda.give, address)
+
+    @property
+    def num_optimization_profiles(self):
+        return len(self.trt.manifest["profiles"]) if self.name == PLAN else 1
 
     def get_tensor_name(self, index):
         return self.names[index]
@@ -517,7 +524,8 @@ class FakeContext:
         assert self.profile is None
         self.profile, self.bounds = profile, self.engine.bounds(profile)
         if self.strategy != "user":
-            profiles = range(2 if self.engine.name == PLAN else 1) if self.strategy == "static" else [profile]
+            count = self.engine.num_optimization_profiles
+            profiles = range(count) if self.strategy == "static" else [profile]
             size = max(
                 self.engine.activations({name: bound[2] for name, bound in self.engine.bounds(each).items()})
                 for each in profiles
@@ -591,7 +599,8 @@ class FakeContext:
                 if aliases[name] is None:
                     ctypes.memset(where[name][0], RESERVED, where[name][2])
             runs.append(entry)
-            for name, values in zip(outputs, graph.run(None, {name: array(name) for name in inputs})):
+            feeds = {name: array(name) for name in inputs if name != "decode_rows"}
+            for name, values in zip(outputs, graph.run(None, feeds)):
                 array(name)[...] = values
 
         regions = [memory, *((address, size) for address, _, size in where.values())]

@@ -196,6 +196,7 @@ def test_what_the_flavors_can_do():
         "kernel_specialization": rtx,
         "engine_validity": rtx,
         "kv_cache_update": full | rtx,
+        "empty_branches": rtx,
         "plugins": full,
     }
     assert able.keys() == CAPABILITIES.keys()

@@ -57,22 +57,26 @@ def test_an_engine_knows_what_it_was_built_for(engine, package):
     built, calls = engine
     opened = open_engine(built.engine.path)
     assert opened == built.engine and ENGINE.is_at(opened.path)
-    assert (opened.max_batch, opened.max_seq, opened.chunk, opened.capacity) == (2, 64, 16, 80)
+    assert (opened.max_batch, opened.max_seq, opened.chunk, opened.capacity) == (2, 64, 16, 256)
     assert opened.spec == open_package(package).spec and opened.flavor == "rtx"
     assert opened.package_path == package.resolve()
-    assert opened.manifest["lowerings"] == ["static_capacity"] and opened.manifest["flags"] == []
+    assert opened.manifest["lowerings"] == ["static_capacity", "split_attention", "merged_projections"]
+    assert opened.manifest["flags"] == []
     assert opened.manifest["format_version"] == 4 and opened.debug_tensors == []
     assert opened.manifest["limits"] == {"workspace": None, "tactic_shared_memory": None}
     assert opened.manifest["runtime"] == {"kernel_specialization": "NONE"}
     assert not (opened.stripped or opened.refittable or opened.streams or opened.version_compatible)
     for name in (PLAN, GREEDY, SAMPLER):
         assert opened.manifest["files"][name]["bytes"] == (opened.path / name).stat().st_size > 100_000
-    decode, prefill = opened.profiles
+    decode, prefill, of_one, of_two = opened.profiles
     assert decode["shapes"]["input_ids"] == [[1, 1], [1, 1], [2, 1]]
+    assert of_two["shapes"]["input_ids"] == of_two["shapes"]["positions"] == [[2, 1]] * 3
+    assert of_one["shapes"]["input_ids"] == [[1, 1]] * 3
+    assert [each["shapes"]["decode_rows"] for each in opened.profiles] == [[[rows]] * 3 for rows in (1, 0, 1, 1)]
     assert prefill["shapes"]["input_ids"] == [[1, 1], [1, 16], [2, 16]]
     assert prefill["shapes"]["logits_index"] == [[1, 1], [1, 1], [2, 16]]
-    assert decode["shapes"]["kv_range"] == prefill["shapes"]["kv_range"] == [[1], [64], [80]]
-    assert decode["shapes"]["past_key_0"] == [[1, 2, 80, 16], [1, 2, 80, 16], [2, 2, 80, 16]]
+    assert all(each["shapes"]["kv_range"] == [[256], [256], [256]] for each in opened.profiles)
+    assert decode["shapes"]["past_key_0"] == [[1, 2, 256, 16], [1, 2, 256, 16], [2, 2, 256, 16]]
     assert opened.plan.stat().st_size > 100_000 and built.peak_host_bytes > built.engine.plan.stat().st_size
     assert calls[-1][:2] == (1, 1) and len({call[2] for call in calls if len(call) == 3}) > 3
 
@@ -152,8 +156,10 @@ def test_the_manifest_tells_what_memory_the_plan_takes(engine, package):
     assert memory["largest_weight"] == max(tensor.nbytes for tensor in tensors)
     whole = sum(tensor.nbytes for tensor in tensors)
     assert whole <= memory["weights"] <= 1.02 * whole + 256 * len(tensors) and opened.weight_bytes == memory["weights"]
-    decode, prefill = memory["activations"]
-    assert 0 < decode <= prefill and opened.activation_bytes(2) == prefill == 2 * opened.activation_bytes(1)
+    decode, prefill, of_one, of_two = memory["activations"]
+    assert 0 < of_one < of_two <= decode <= prefill and opened.activation_bytes(
+        2
+    ) == prefill == 2 * opened.activation_bytes(1)
     assert opened.streaming_scratch_bytes == 2 * memory["largest_weight"]
 
 
@@ -168,21 +174,22 @@ def test_sizes_to_tune_for_limits_and_debug_tensors_are_recorded(package, tmp_pa
         package,
         tmp_path / "engine",
         max_batch=4,
-        max_seq=64,
+        max_seq=256,
         chunk=16,
         opt_batch=3,
-        opt_context=40,
+        opt_context=250,
         workspace=64 << 20,
         tactic_shared_memory=48 << 10,
         kernel_specialization="EAGER",
         debug_tensors=("model.layers.1/Add*", "model.norm/RMS*"),
     ).engine
     opened = open_engine(engine.path)
-    decode, prefill = opened.profiles
+    decode, prefill, _, of_three, of_four = opened.profiles
+    assert of_three["shapes"]["input_ids"] == [[3, 1]] * 3 and of_four["shapes"]["input_ids"] == [[4, 1]] * 3
     assert decode["shapes"]["input_ids"] == [[1, 1], [3, 1], [4, 1]]
     assert prefill["shapes"]["input_ids"] == [[1, 1], [3, 16], [4, 16]]
-    assert decode["shapes"]["kv_range"] == prefill["shapes"]["kv_range"] == [[1], [40], [80]]
-    assert decode["shapes"]["past_key_0"] == [[1, 2, 80, 16], [3, 2, 80, 16], [4, 2, 80, 16]]
+    assert all(each["shapes"]["kv_range"] == [[256], [256], [512]] for each in opened.profiles)
+    assert decode["shapes"]["past_key_0"] == [[1, 2, 512, 16], [3, 2, 512, 16], [4, 2, 512, 16]]
     assert opened.manifest["limits"] == {"workspace": 64 << 20, "tactic_shared_memory": 48 << 10}
     assert [each[3:] for each in configured] == [(64 << 20, 48 << 10)] * 3
     assert opened.manifest["runtime"] == {"kernel_specialization": "EAGER"}
@@ -362,7 +369,8 @@ def test_a_damaged_graph_is_one_sentence_about_the_node_at_fault(package, tmp_pa
     assert ran.stderr.startswith("llmtrt build: error: ") and len(ran.stderr) < 600
 
 
-def test_a_node_that_the_parser_refuses_is_named(package, tmp_path, unlinted):
+def test_a_node_that_the_parser_refuses_is_named(package, tmp_path, unlinted, monkeypatch):
+    monkeypatch.setattr(lowerings, "LOWERINGS", lowerings.LOWERINGS[:1])  # split_attention would refuse it
     changed, name = _changed(package, tmp_path, _softcap)
     _fails(rf"refuses node '{name}' \(Attention\): .*\[[A-Z_]+\]$", changed, tmp_path)
 
@@ -508,13 +516,12 @@ def _limited(function, resource):
     return limited
 
 
-def test_contexts_past_what_attention_of_one_row_takes_are_built(tmp_path):
-    """From 24,576 rows of cache less the head dimension on, TensorRT has no kernel for a decode profile of one row."""
+def test_contexts_past_what_tensorrts_attention_of_one_row_takes_are_built(tmp_path):
+    """From 24,576 rows of cache less the head dimension on, it has no kernel for a decode profile of one row."""
     checkpoint = families.save("llama-even", tmp_path / "checkpoint", max_position_embeddings=65536)
     package = quantize(checkpoint, tmp_path / "package", "fp16").package
-    for max_seq, most in ((24000, 1), (24064, 2), (65536, 2)):
-        engine = build(package.path, tmp_path / f"engine-{max_seq}", max_seq=max_seq, chunk=512).engine
-        assert engine.profiles[0]["shapes"]["input_ids"][2] == [1, most]
+    engine = build(package.path, tmp_path / "engine", max_seq=65536, chunk=512).engine
+    assert engine.profiles[0]["shapes"]["input_ids"] == [[1, 1]] * 3 and engine.capacity == 66048
 
 
 def hold_one_row(activations: object):

@@ -47,7 +47,15 @@ CHUNK = 8
 def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("session")
     quantize(families.save("mistral", folder / "checkpoint"), folder / "package", "fp32")
-    return build(folder / "package", folder / "engine", max_batch=3, max_seq=40, chunk=CHUNK).engine
+    return built_small(folder / "package", folder / "engine")
+
+
+def built_small(package, output, **options):
+    """An engine whose contexts come in steps of 8 rows, so that few tokens take several."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("build", "options", "profiles"):
+            patch.setattr(f"llmtrt.engine.{module}.CONTEXT_STEP", 8)
+        return build(package, output, max_batch=3, max_seq=40, chunk=CHUNK, **options).engine
 
 
 @pytest.fixture
@@ -1189,9 +1197,7 @@ def shown(engine, tmp_path_factory):
     """An engine whose MLPs' and norm's values are outputs, and the graph for the fake."""
     folder = tmp_path_factory.mktemp("shown")
     patterns = ("*mlp.down_proj/Reshape_2", "model.norm/*")
-    built = build(
-        engine.package_path, folder / "engine", max_batch=3, max_seq=40, chunk=CHUNK, debug_tensors=patterns
-    ).engine
+    built = built_small(engine.package_path, folder / "engine", debug_tensors=patterns)
     model, _ = lower(load_graph(open_package(engine.package_path)), None, [])
     assert expose(model, patterns) == built.debug_tensors and len(built.debug_tensors) == 4
     graph = folder / "shown.onnx"

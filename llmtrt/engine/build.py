@@ -5,6 +5,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -168,23 +169,40 @@ def _build_decoders(flavor: Flavor, package: Package, options: BuildOptions, fol
         one_row = profile, memory, lowerings
     model, lowerings = _lowered(package, canonical, flavor, options)
     shown = expose(model, options.debug_tensors)
+    initializers, given = weights(model), _set_apart(model)
     graph = ir.to_proto(model).SerializeToString()  # its weights stay in the package's file
-    initializers = weights(model)
-    refits = [flag for flag in options.flags if flag.startswith("REFIT")]
+    refits = options.refits
     profiles, memory = build_plan(
         flavor,
         graph,
         package.graph,
-        partial(decoder_profiles, options=options),
+        partial(decoder_profiles, options=options, one_alone="merged_projections" in lowerings),
         options,
         folder / PLAN,
         report,
         initializers if "REFIT_INDIVIDUAL" in refits else (),
+        given,
     )
     if refits:
         (folder / REFIT_GRAPH).write_bytes(graph)
     largest = max((tensor.nbytes for tensor in initializers.values()), default=0)
     return _Decoders(profiles, memory, lowerings, shown, structure, largest, taken, one_row)
+
+
+def _set_apart(model: "ir.Model") -> dict[str, Callable[[], bytes]]:
+    """Leaves of the initializers that a lowering makes their type and shape alone, and returns what makes them: a graph with
+    them in it may be more than the 2 GB that protobuf takes."""
+    import onnx_ir as ir
+
+    found: dict[str, Callable[[], bytes]] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.LazyTensor):
+            value.const_value = ir.ExternalTensor(
+                "given", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+            )
+            found[name] = tensor.tobytes
+    return found
 
 
 def _build_samplers(flavor: Flavor, package: Package, options: BuildOptions, folder: Path) -> None:
@@ -209,9 +227,10 @@ def _lowered(
     from llmtrt.graph.lowering import Target, lower
 
     weights = "inputs" if one_row or options.weights == "inputs" else "plan"
-    model, names = lower(
-        model, Target(flavor.name, flavor.capabilities, options.capacity, weights, one_row, CONTEXT_STEP)
+    target = Target(
+        flavor.name, flavor.capabilities, options.capacity, weights, one_row, CONTEXT_STEP, not options.refits
     )
+    model, names = lower(model, target)
     _lint(package, model, lowered=True)
     return model, names
 

@@ -128,6 +128,11 @@ CAPABILITIES: dict[str, tuple[str, _Test]] = {
         "builds graphs that update a KV cache in place",
         lambda m: hasattr(_type(m, "INetworkDefinition"), "add_kv_cache_update"),
     ),
+    "empty_branches": (
+        "compiles a profile without what has no rows in it",
+        # Measured on TensorRT-RTX 1.6; no machine here runs another flavor's builder.
+        lambda m: _builds(m) and hasattr(m, "DynamicShapesKernelSpecializationStrategy"),
+    ),
     "plugins": ("takes plugins", lambda m: hasattr(_type(m, "INetworkDefinition"), "add_plugin_v3")),
 }
 

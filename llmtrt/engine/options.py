@@ -10,9 +10,7 @@ from llmtrt.errors import UserError
 REFITS = ("identical", "any")
 WEIGHTS = ("plan", "inputs", "both")  # and "auto", which ``weight_place`` settles
 CHECK_ROWS = 16
-# Rows of the cache that a step sees are a multiple of it; so is the capacity, where steps of one row have their own plan.
-CONTEXT_STEP = 256
-_ALIGNED_ROWS = 16  # so many rows end where TensorRT lets the next sequence's begin
+CONTEXT_STEP = 256  # rows of the cache that a step sees are a multiple of it, and so is the capacity
 # LAZY swaps kernels while a person waits, and with them the last bits of every number; EAGER compiles for every new
 # shape. NONE is the same kernels always.
 KERNEL_SPECIALIZATION = "NONE"
@@ -47,10 +45,14 @@ class BuildOptions:
         return min(CHECK_ROWS, self.chunk)
 
     @property
+    def refits(self) -> list[str]:
+        """The flags with which a plan's weights can be changed, so that each has to stay the package's own."""
+        return [flag for flag in self.flags if flag.startswith("REFIT")]
+
+    @property
     def capacity(self) -> int:
         """Rows of the KV cache of one sequence: ``max_seq``, and a chunk whose padding is written past it, rounded up."""
-        step = _ALIGNED_ROWS if self.weights == "plan" else CONTEXT_STEP
-        return -(-(self.max_seq + self.chunk) // step) * step
+        return -(-(self.max_seq + self.chunk) // CONTEXT_STEP) * CONTEXT_STEP
 
     def resolved(self, flavor: Flavor, max_seq: int) -> "BuildOptions":
         """The same with sizes, targets and flags settled for ``flavor`` and a package of ``max_seq`` tokens.

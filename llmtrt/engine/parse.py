@@ -1,8 +1,12 @@
 """An ONNX graph into a TensorRT network, and parser errors that name the node."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from llmtrt.engine.flavor import Flavor
 from llmtrt.engine.logger import sentence
@@ -31,15 +35,31 @@ class ParseError:
         return f"{node} ({self.operator or 'no operator'}){inside}: {self.reason} [{self.code}]"
 
 
-def parse(flavor: Flavor, network: Any, model: bytes, path: Path, logger: Any) -> Any:
-    """Parses ``model`` into ``network``; its external data lie beside ``path``.
+def parse(
+    flavor: Flavor,
+    network: Any,
+    model: bytes,
+    path: Path,
+    logger: Any,
+    given: Mapping[str, bytes] = MappingProxyType({}),
+) -> Any:
+    """Parses ``model`` into ``network``; its external data lie beside ``path``, but for the initializers in ``given``.
 
-    Returns the OnnxParser, which owns the weights: hold it until the engine is built. Raises one UserError that lists
-    the first nodes that the parser refused.
+    Returns what owns the weights: hold it until the engine is built. Raises one UserError that lists the first nodes that
+    the parser refused.
     """
     parser = flavor.module.OnnxParser(network, logger)
-    if parser.parse(model, str(path)):
-        return parser
+    if not given:
+        parsed = parser.parse(model, str(path))
+    else:
+        held = {name: np.frombuffer(content, np.uint8) for name, content in given.items()}
+        parsed = parser.load_model_proto(model, str(path))
+        parsed = parsed and all(
+            parser.load_initializer(name, each.ctypes.data, each.nbytes) for name, each in held.items()
+        )
+        parsed = parsed and parser.parse_model_proto()
+    if parsed:
+        return (parser, held) if given else parser
     errors = parse_errors(parser)
     shown = "; ".join(map(str, errors[:_LISTED])) or logger.reason() or "it gave no reason"
     more = f" (and {len(errors) - _LISTED} more)" if len(errors) > _LISTED else ""

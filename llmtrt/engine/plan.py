@@ -1,9 +1,10 @@
 """One plan: an ONNX graph parsed, configured and compiled by one flavor of TensorRT."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llmtrt import files
@@ -40,11 +41,12 @@ def build_plan(
     plan: Path,
     report: Report,
     refittable: Iterable[str] = (),
+    given: Mapping[str, Callable[[], bytes]] = MappingProxyType({}),
 ) -> tuple[list[Profile], PlanMemory]:
     """Compiles ``graph``, an ONNX model whose external data lie beside ``source``, into the file ``plan``.
 
     ``make_profiles`` gets the network's inputs, −1 where a dimension is dynamic. ``refittable``: the weights that
-    REFIT_INDIVIDUAL leaves open. Raises UserError with TensorRT's reason.
+    REFIT_INDIVIDUAL leaves open. ``given``: initializers whose data are made here. Raises UserError with TensorRT's reason.
     """
     trt, logger = flavor.module, make_logger(flavor)
     try:
@@ -54,7 +56,8 @@ def build_plan(
             f"TensorRT {flavor.name} {flavor.version} does not start ({logger.reason() or error}): see `llmtrt doctor`"
         ) from None
     network = builder.create_network(_network_flags(trt))
-    parser = parse(flavor, network, graph, source, logger)  # owns the weights
+    made = {name: make() for name, make in given.items()}
+    parser = parse(flavor, network, graph, source, logger, made)  # owns the weights
     _mark_refittable(flavor, network, refittable)
     config = builder.create_builder_config()
     _configure(flavor, config, options)
@@ -72,7 +75,7 @@ def build_plan(
         except BaseException:
             monitor.cancel()
             raise
-    del parser
+    del parser, made
     if monitor.error:
         raise monitor.error
     if built is None:

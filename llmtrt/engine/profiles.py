@@ -8,9 +8,6 @@ from llmtrt.engine.options import CONTEXT_STEP, BuildOptions
 from llmtrt.errors import UserError
 
 Shape = tuple[int, ...]
-# TensorRT-RTX 1.6's attention of one row builds for so many rows of cache less the head dimension, and for two rows without
-# a limit (measured to the row for head dims of 16 to 256): above, a decode step is one of up to two.
-_ONE_ROW_ATTENTION = 24576
 
 
 @dataclass(frozen=True)
@@ -24,25 +21,27 @@ class Profile:
         return asdict(self)
 
 
-def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
-    """Profile 0, decode: S = K = 1 (but see ``_ONE_ROW_ATTENTION``); profile 1, prefill: S and K from 1 to a chunk. B and L
-    are free in both, and tuned for ``options.opt_batch`` and ``opt_context``.
+def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions, one_alone: bool = False) -> list[Profile]:
+    """Profile 0, decode: S = K = 1; profile 1, prefill: S and K from 1 to a chunk. B and L are free in both, L in steps of
+    what the capacity is a multiple of, and tuned for ``options.opt_batch`` and ``opt_context``. Then decode for just
+    ``opt_batch``, just ``max_batch`` and, with ``one_alone``, just one of several sequences: where B is free, TensorRT-RTX
+    1.6 launches as many threads as a cache has numbers to write one row of each (23 of 240 µs a layer for 16 × 1,536 rows).
+    For one row it merges projections that it merges for no other shapes, and would keep their weights twice.
 
     ``inputs``: the network's shapes, −1 where a dimension is dynamic. Those without one, which are weights, need none.
     """
     inputs = {name: shape for name, shape in inputs.items() if any(size < 0 for size in shape)}
     chunk, capacity = options.chunk, options.capacity
-    batch = (1, options.opt_batch, options.max_batch)
-    context = (1, options.opt_context, capacity)
-    head_dim = max((shape[3] for name, shape in inputs.items() if name.startswith("past_")), default=0)
-    one, rows, wanted = (1, 1, 1), (1, chunk, chunk), (1, 1, chunk)
-    step = one if capacity + head_dim <= _ONE_ROW_ATTENTION else (1, 1, 2)
-    return [
-        Profile("decode", {name: _shapes(name, shape, batch, step, one, context) for name, shape in inputs.items()}),
-        Profile(
-            "prefill", {name: _shapes(name, shape, batch, rows, wanted, context) for name, shape in inputs.items()}
-        ),
-    ]
+    batch, sizes = (1, options.opt_batch, options.max_batch), {options.opt_batch, options.max_batch, 1}
+    sizes -= set() if one_alone and options.max_batch > 1 else {1}
+    context = (CONTEXT_STEP, max(CONTEXT_STEP, options.opt_context), capacity)
+    none, one, rows, wanted = (0, 0, 0), (1, 1, 1), (1, chunk, chunk), (1, 1, chunk)
+
+    def profile(name: str, batch: Shape, *sizes: Shape) -> Profile:
+        return Profile(name, {each: _shapes(each, shape, batch, context, *sizes) for each, shape in inputs.items()})
+
+    found = [profile("decode", batch, one, one, one), profile("prefill", batch, rows, wanted, none)]
+    return found + [profile(f"decode, batch {size}", (size,) * 3, one, one, one) for size in sorted(sizes)]
 
 
 def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
@@ -63,12 +62,15 @@ def sampler_profiles(inputs: dict[str, Shape], options: BuildOptions, rows: int 
     return [Profile("sample", shapes)]
 
 
-def _shapes(name: str, shape: Shape, batch: Shape, rows: Shape, wanted: Shape, context: Shape) -> tuple:
+def _shapes(
+    name: str, shape: Shape, batch: Shape, context: Shape, rows: Shape, wanted: Shape, decode_rows: Shape
+) -> tuple:
     symbols = {
         "input_ids": (batch, rows),
         "positions": (batch, rows),
         "logits_index": (batch, wanted),
         "kv_range": (context,),
+        "decode_rows": (decode_rows,),
     }
     if name in symbols:
         dims = symbols[name]

@@ -9,9 +9,9 @@ import onnx_ir as ir
 @dataclass(frozen=True)
 class Target:
     """What a lowering may look at besides the model: ``flavor`` and ``capabilities`` of llmtrt.engine.flavor.Flavor, the
-    ``capacity`` of the KV cache in rows per sequence, where ``weights`` are to be, in the "plan" or its "inputs", and
-    whether the graph is for ``one_row`` of one sequence, a decode step, alone; of such a graph capacity and context are
-    multiples of ``context_step`` rows."""
+    ``capacity`` of the KV cache in rows per sequence, where ``weights`` are to be, in the "plan" or its "inputs", whether
+    the graph is for ``one_row`` of one sequence, a decode step, alone, and whether it has ``fixed_weights``, which need keep
+    neither name nor shape. Capacity and context are multiples of ``context_step`` rows."""
 
     flavor: str
     capabilities: frozenset[str]
@@ -19,6 +19,7 @@ class Target:
     weights: str = "plan"
     one_row: bool = False
     context_step: int = 256
+    fixed_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Lowering:
     """``apply`` returns the other model; it may change the one it is given, which is ``lower``'s own copy, with the
     types and shapes of all values that ONNX shape inference finds.
 
-    Network inputs and outputs keep their names, types and meaning, so that one session runs either form.
+    Network inputs and outputs keep their names, types and meaning, so that one session runs either form, and may be joined
+    by ``decode_rows`` int64 [N], of which the length alone counts: 1 in a step of one row for each sequence, else 0.
     """
 
     name: str  # as the engine's manifest names it

@@ -43,7 +43,7 @@ class Settings:
 
 
 class Context:
-    """One IExecutionContext of ``engine``, whose tensors are ``tensors``, in one optimization profile; ``state`` is the
+    """One IExecutionContext of ``engine``, whose tensors are ``tensors``, in one optimization ``profile``; ``state`` is the
     caller's note of what it is prepared for, ``shapes`` the inputs' shapes as they are set."""
 
     def __init__(
@@ -63,11 +63,16 @@ class Context:
         if self._context is None or not self._context.set_optimization_profile_async(profile, cuda.stream):
             raise UserError(f"TensorRT cannot make an execution context: {logger.reason() or 'it gave no reason'}")
         cuda.synchronize()
+        self.profile = profile
         self.state: object = None
         self.shapes: Shapes | None = None
         self._needed = 0
         self._known: dict[tuple, int] = {}  # what ``needs`` was asked for
         self._tensors, self._bound = tensors, {}
+
+    def takes(self, name: str) -> bool:
+        """Whether the plan has an input of this name."""
+        return any(tensor.is_input and tensor.name == name for tensor in self._tensors)
 
     def needs(self, shapes: Shapes) -> int:
         """The bytes of activation memory for the inputs' ``shapes``; sets them where that is not known yet, which takes

@@ -26,7 +26,7 @@ from llmtrt.runtime.streaming import WeightBudget
 from llmtrt.runtime.tensors import Tensor, tensors_of
 from llmtrt.runtime.weight_inputs import WeightInputs
 
-_DECODE, _PREFILL = 0, 1  # profiles of the engine
+_DECODE, _PREFILL = 0, 1  # profiles of the engine; those behind are for decode steps of one batch size each
 _SMALLEST_CONTEXT = CONTEXT_STEP
 _INPUTS = ("input_ids", "positions", "logits_index")
 _CHOSEN = ("tokens", "next_ids", "next_positions")
@@ -91,6 +91,7 @@ class TrtSession:
         self.spec, self.chunk, self.check_rows = engine.spec, engine.chunk, engine.check_rows
         self._path, self._max_batch, self._max_seq = engine.path, engine.max_batch, engine.max_seq
         self._capacity, self._debug_tensors = engine.capacity, engine.debug_tensors
+        self._steady = _steady(engine)
         free = free_bytes(gpu)
         self._predicted = predict(engine, 1, budget, free)
         remedy = "build it with fewer bits, --weight-streaming or a smaller --max-seq or --chunk"
@@ -343,9 +344,14 @@ class TrtSession:
 
     def _decoder(self, batch: int, bucket: int) -> Context:
         """The decode context for ``batch`` slots and a bucket; its inputs are those of the ``DecodeState``."""
-        plan = DECODE if batch == 1 and DECODE in self._engines else PLAN
-        context = self._context(plan, _DECODE, batch, bucket)
+        context = self._context(*self._decode_profile(batch), batch, bucket)
         return self._prepared(context, 0, (batch, 1, 1, bucket), self._state.places())
+
+    def _decode_profile(self, batch: int) -> tuple[str, int]:
+        """The plan of a decode step of ``batch`` slots and its profile there."""
+        if batch == 1 and DECODE in self._engines:
+            return DECODE, _DECODE
+        return PLAN, self._steady.get(batch, _DECODE)
 
     def _require_reserved(self, first: int, batch: int, rows: int, last: int) -> None:
         slots, room = self._reserved
@@ -407,16 +413,19 @@ class TrtSession:
         if context.state != (first, *shapes, self._layout):
             batch, _, wanted, _ = shapes
             self._grow_logits(batch * wanted * self.spec.vocab_size)
-            self._grow_activations(context.set_shapes(self._shapes(*shapes)))
+            self._grow_activations(context.set_shapes(self._shapes(context, *shapes)))
             places = self._kv.places(first) | inputs | {"kv_range": self._range, "logits": self._logits}
+            places["decode_rows"] = self._range  # of which it is at most one number
             places |= self._weights.places() if self._weights else {}
             context.bind(places | self._debug_places(context), self._activations)
             context.state = (first, *shapes, self._layout)
             self._prepared_count += 1
         return context
 
-    def _shapes(self, batch: int, rows: int, wanted: int, length: int) -> Shapes:
+    def _shapes(self, context: Context, batch: int, rows: int, wanted: int, length: int) -> Shapes:
         named = {"input_ids": (batch, rows), "positions": (batch, rows), "logits_index": (batch, wanted)}
+        if context.takes("decode_rows"):
+            named["decode_rows"] = (int(context.profile != _PREFILL),)
         return named | {"kv_range": (length,)} | self._kv.shapes(batch)
 
     def _bucket(self, length: int) -> int:
@@ -435,23 +444,25 @@ class TrtSession:
         samplers = [(GREEDY, slots), (SAMPLER, slots)]
         if self._streaming_scratch:
             samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
-        decoding = [(PLAN, slots)] if slots > 1 or DECODE not in self._engines else []
-        decoding += [(DECODE, 1)] if DECODE in self._engines else []
+        decoding = {slots, 1} if DECODE in self._engines else {slots}
         rows, prefill = min(self.chunk, max_seq), self._context(PLAN, _PREFILL)
+        contexts = [
+            (self._context(*self._decode_profile(count), count, length), (count, 1, 1, length)) for count in decoding
+        ]
+        contexts += [
+            (prefill, (1, rows, 1, length)),
+            (prefill, (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)),
+        ]
         activations = max(
-            *(
-                self._context(plan, _DECODE, count, length).needs(self._shapes(count, 1, 1, length))
-                for plan, count in decoding
-            ),
-            prefill.needs(self._shapes(1, rows, 1, length)),
-            prefill.needs(self._shapes(side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)),
+            *(context.needs(self._shapes(context, *shapes)) for context, shapes in contexts),
             *(self._context(plan, 0, count).needs(self._sampler_shapes(plan, count)) for plan, count in samplers),
         )
         if self._streaming_scratch:
             # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
             # at the 8B shape with half the weights streamed (TensorRT-RTX 1.6.1).
             decoder = self._engines[PLAN]
-            activations = max(activations, *map(decoder.get_device_memory_size_for_profile_v2, (_DECODE, _PREFILL)))
+            sizes = map(decoder.get_device_memory_size_for_profile_v2, range(decoder.num_optimization_profiles))
+            activations = max(activations, *sizes)
         grows = slots > self._kv.slots
         needed = Footprint(
             0,
@@ -541,6 +552,12 @@ class TrtSession:
         self._layout += 1
         if self._loop is not None:
             self._loop.forget()
+
+
+def _steady(engine: Engine) -> dict[int, int]:
+    """The decode profiles for one batch size each, by that."""
+    batches = [[shape[0] for shape in profile["shapes"]["input_ids"]] for profile in engine.profiles]
+    return {least: index for index, (least, _, most) in enumerate(batches) if index != _PREFILL and least == most}
 
 
 def _find_gpu(engine: Engine) -> Gpu:

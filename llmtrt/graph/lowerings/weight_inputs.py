@@ -6,16 +6,13 @@ plan: of few rows it makes logits, for which TensorRT's own kernel is as fast an
 unpacked, four times the head.
 """
 
-from collections import defaultdict
-
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from llmtrt.errors import UserError
 from llmtrt.graph import packed, packed_product
 from llmtrt.graph.lowering import Lowering, Target
-from llmtrt.graph.packed import Matrix
+from llmtrt.graph.projections import Projection, by_input, projection_of, replace
 from llmtrt.graph.rewrite import Rewrite
 
 _WEIGHT = "llmtrt.weight"  # in the metadata of an input: the tensor that it is to be given
@@ -29,10 +26,10 @@ def weight_of(value: ir.Value) -> ir.TensorProtocol | None:
 def packs(model: ir.Model) -> bool:
     """Whether there are INT4 matrices, all of which can be inputs."""
     try:
-        found = [matrix for node in model.graph if (matrix := _matrix(node)) is not None]
+        found = [each for node in model.graph if (each := _projection(node)) is not None]
     except UserError:
         return False
-    return any(matrix.block is not None for _, matrix in found)
+    return any(each.matrix.block is not None for each in found)
 
 
 def _applies(model: ir.Model, target: Target) -> bool:
@@ -40,18 +37,13 @@ def _applies(model: ir.Model, target: Target) -> bool:
 
 
 def _apply(model: ir.Model, target: Target) -> ir.Model:
-    groups: dict[tuple, list[tuple[ir.Node, str, Matrix]]] = defaultdict(list)
-    kept = set()
-    for node in model.graph:
-        found = _matrix(node)
-        if found is None:
-            continue
-        name, matrix = found
-        if not target.one_row and matrix.block is not None and _makes_logits(node):
-            kept |= {value.name for value in node.inputs[1].producer().inputs}
+    taken, kept = [], set()
+    for each in filter(None, map(_projection, model.graph)):
+        if not target.one_row and each.matrix.block is not None and _makes_logits(each.node):
+            kept |= {value.name for value in each.node.inputs[1].producer().inputs}
         else:
-            groups[id(node.inputs[0]), matrix.k, matrix.block].append((node, name, matrix))
-    for group in groups.values():
+            taken.append(each)
+    for group in by_input(taken):
         _pack(model, group, target.one_row)
     model = RemoveUnusedNodesPass()(model).model
     for name, value in list(model.graph.initializers.items()):
@@ -78,27 +70,17 @@ def _varies(value: ir.Value) -> bool:
     return value.const_value is None and (maker is None or maker.op_type != "Constant")
 
 
-def _matrix(node: ir.Node) -> tuple[str, Matrix] | None:
-    """Name and matrix of a MatMul(x, DequantizeLinear(q [K, N], scale)) with INT4 blocks along K, or INT8 columns; UserError
-    where it cannot be packed."""
-    source = node.inputs[1].producer() if node.op_type == "MatMul" and len(node.inputs) == 2 else None
-    if source is None or source.op_type != "DequantizeLinear":
-        return None
-    q, scale = source.inputs[:2]
-    block = source.attributes["block_size"].value if "block_size" in source.attributes else None
-    if q.dtype != (ir.DataType.INT8 if block is None else ir.DataType.INT4):
-        return None
-    axis = source.attributes["axis"].value if "axis" in source.attributes else 1
-    if len(source.inputs) > 2 or axis != (1 if block is None else 0) or None in (q.const_value, scale.const_value):
-        return None
-    matrix = Matrix(q.const_value, scale.const_value, block)
-    if not packed.can_pack(matrix):
-        other = "group_size 64 or 128" if matrix.n % 2 == 0 else "this one in int8 or kept"
+def _projection(node: ir.Node) -> Projection | None:
+    """As ``projection_of``; UserError for one whose matrix cannot be packed."""
+    found = projection_of(node)
+    if found is not None and not packed.can_pack(found.matrix):
+        other = "group_size 64 or 128" if found.matrix.n % 2 == 0 else "this one in int8 or kept"
         raise UserError(
-            f"{q.name} {list(matrix.q.shape.dims)} in blocks of {block} cannot be an input: it takes blocks of 64 or of "
-            f"multiples of 128, and an even number of columns: build with --weights plan, or quantize with {other}"
+            f"{found.name} {list(found.matrix.q.shape.dims)} in blocks of {found.matrix.block} cannot be an input: it takes "
+            f"blocks of 64 or of multiples of 128, and an even number of columns: build with --weights plan, or quantize "
+            f"with {other}"
         )
-    return q.name, matrix
+    return found
 
 
 def _input(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
@@ -107,28 +89,16 @@ def _input(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def _pack(model: ir.Model, group: list[tuple[ir.Node, str, Matrix]], one_row: bool) -> None:
+def _pack(model: ir.Model, group: list[Projection], one_row: bool) -> None:
     """One product in place of the MatMuls of ``group``, and of it the columns of each."""
-    first, matrices = group[0][0], [matrix for *_, matrix in group]
+    first, matrices = group[0].node, [each.matrix for each in group]
     inputs, there = {}, {value.name: value for value in model.graph.inputs}
-    for kind, tensor in packed.arrays("+".join(name for _, name, _ in group), matrices).items():
+    for kind, tensor in packed.arrays("+".join(each.name for each in group), matrices).items():
         inputs[kind] = there.get(tensor.name) or _input(ir.val(tensor.name), tensor)
     model.graph.inputs.extend(value for value in inputs.values() if value.name not in there)
     new, n = Rewrite(first), sum(matrix.n for matrix in matrices)
     y = (packed_product.row if one_row else packed_product.rows)(new, first.inputs[0], inputs, matrices[0].k, n)
-    if len(group) == 1:
-        new.replace(y)
-        return
-    ends = np.cumsum([matrix.n for matrix in matrices]).tolist()
-    parts = [
-        new.op("Slice", y, new.ints(end - matrix.n), new.ints(end), new.ints(-1)) for end, matrix in zip(ends, matrices)
-    ]
-    new.insert()
-    for (node, *_), part in zip(group, parts):
-        name, kind, shape = node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape
-        ir.convenience.replace_all_uses_with(node.outputs[0], part)
-        model.graph.remove(node, safe=True)
-        part.name, part.type, part.shape = name, kind, shape
+    replace(group, new, y)
 
 
 LOWERING = Lowering("weight_inputs", _applies, _apply)
