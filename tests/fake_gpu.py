@@ -375,7 +375,7 @@ class FakeTensorRT(types.ModuleType):
         self.EngineInvalidityDiagnostics = types.SimpleNamespace(__members__=members)
 
     def runs_of(self, plan, profile=0):
-        """The shapes of one plan's steps in one profile, in their order; those of 0, decode, are of each batch size's, too."""
+        """The shapes of one plan's steps in one profile, in their order; those of 0 are all decode steps'."""
         found = [(where, shapes) for name, where, shapes in self.runs if name == plan]
         return [shapes for where, shapes in found if where == profile or profile == 0 and where > 1]
 
