@@ -15,12 +15,13 @@ from llmtrt.graph.lint import lint
 from llmtrt.quantization.recipe import Recipe
 
 PROMPTS = [np.random.default_rng(n).integers(3, SIZES["vocab_size"], n).tolist() for n in (5, 23, 1, 14)]
+FOLDER = tempfile.TemporaryDirectory(prefix="llmtrt-families-")  # what is made once stays until the tests end
 GREEDY = SamplingParams(max_tokens=32, temperature=0, ignore_eos=True)
 
 
 @functools.cache
 def package(name: str, recipe: str | Recipe = "fp32", max_seq: int | None = None) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="llmtrt-families-"))
+    folder = Path(tempfile.mkdtemp(dir=FOLDER.name))
     quantize(save(name, folder / "checkpoint"), folder / "package", recipe, max_seq)
     return folder / "package"
 
@@ -98,7 +99,7 @@ def test_int4_packages_equal_transformers_with_the_same_rounded_weights(name, re
     assert np.abs(unrounded - wanted).max() >= 2e-2 * span  # and INT4 is not
 
 
-def test_gemma3_survives_a_residual_beyond_fp16():
+def test_gemma3_survives_a_residual_beyond_fp16(tmp_path):
     """Its residual passes 65,504 as gemma-3-270m's does (103,792); in fp16 that is infinity, and NaN after the norm."""
     import copy
 
@@ -108,15 +109,14 @@ def test_gemma3_survives_a_residual_beyond_fp16():
             layer.post_feedforward_layernorm.weight.add_(20000.0)
     seen = []
     model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(float(inputs[0].abs().max())))
-    folder = Path(tempfile.mkdtemp(prefix="llmtrt-gemma-"))
-    model.save_pretrained(folder / "checkpoint")
-    quantize(folder / "checkpoint", folder / "package", "fp16")
+    model.save_pretrained(tmp_path / "checkpoint")
+    quantize(tmp_path / "checkpoint", tmp_path / "package", "fp16")
     ids = np.random.default_rng(9).integers(0, SIZES["vocab_size"], 40)
     with torch.no_grad():
         wanted = model(torch.tensor(ids[None])).logits[0].numpy()
         half = copy.deepcopy(model).half()(torch.tensor(ids[None])).logits[0].float().numpy()
     assert seen[0] > 65504 and np.isnan(half).any()
-    with LLM(folder / "package", accuracy_level=1) as llm:
+    with LLM(tmp_path / "package", accuracy_level=1) as llm:
         logits = llm.logits(ids.tolist())
     assert np.abs(logits - wanted).max() <= 5e-3 * (wanted.max() - wanted.min())
     assert (logits.argmax(-1) == wanted.argmax(-1)).mean() >= 0.97

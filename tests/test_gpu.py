@@ -185,10 +185,14 @@ def test_streamed_weights_give_the_same_tokens(made, sessions, tmp_path):
 
 @pytest.mark.parametrize("name", ["stories-int4", "smollm2-int4"])
 def test_a_stripped_plan_is_small_and_filled_from_its_package(made, tmp_path, name):
-    package, engine = made(name)
+    package, _ = made(name)
     if not choose().can("strip"):
         pytest.skip("this flavor has no STRIP_PLAN")
-    stripped = build(package.path, tmp_path / "engine", max_batch=3, max_seq=512, chunk=64, strip=True).engine
+    # Of one sequence: a plan for several merges projections, which a stripped one leaves as the package has them.
+    engine, stripped = (
+        build(package.path, tmp_path / f"strip {strip}", max_seq=512, chunk=64, strip=strip, weights="plan").engine
+        for strip in (False, True)
+    )
     assert stripped.manifest["flags"] == ["REFIT_IDENTICAL", "STRIP_PLAN"]
     # A tied table, which is gathered from as well as multiplied with, stays in the plan: all other weights are gone.
     rows, columns = package.manifest["quantization"]["tensors"]["model.embed_tokens.weight"]["shape"]
@@ -199,8 +203,7 @@ def test_a_stripped_plan_is_small_and_filled_from_its_package(made, tmp_path, na
     try:
         filled, whole = (np.concatenate([*logits_of(session, prompt, 64)]) for session in sessions)
         print(f"{name}: {stripped.plan.stat().st_size / 1e6:.1f} MB, max difference {np.abs(filled - whole).max():.1e}")
-        assert np.array_equal(filled.argmax(1), whole.argmax(1))
-        assert np.abs(filled - whole).max() <= 1e-2 * np.ptp(whole)
+        assert np.array_equal(filled, whole)
         assert greedy(sessions[0], [prompt[:12]]) == greedy(sessions[1], [prompt[:12]])
     finally:
         for session in sessions:
@@ -245,9 +248,10 @@ SAMPLED = [
 @pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
 @pytest.mark.parametrize("name", ["stories-fp32", "stories-int4", "smollm2-int4"])
 def test_tokens_chosen_on_the_device_are_the_hosts(made, name, captured):
-    """Asked for log-probabilities, the host chooses from each step's logits. The answers cross a context bucket."""
+    """Asked for log-probabilities, the host chooses from each step's logits. Where its last bits decide nothing, the answers
+    cross a context bucket, and sequences join while others decode: for each batch size TensorRT may add in another order."""
     package, engine = made(name)
-    prompts = [tokens(package, count).tolist() for count in (240, 5, 70)]
+    prompts = [tokens(package, count).tolist() for count in ((20, 5, 21) if name == "smollm2-int4" else (240, 5, 70))]
     # Of 49,152 tokens that nothing cuts off, many weigh no more than what fp32 rounds off their sum.
     told_apart = [each for each in SAMPLED if not each["temperature"] or each.keys() & {"top_k", "top_p"}]
     with on(TrtSession(engine, cuda_graphs=captured), engine) as llm:

@@ -292,12 +292,9 @@ def test_a_graph_with_both_forms_of_attention_has_the_canonical_numbers(name, ca
 
 def test_projections_of_one_value_are_merged_and_have_the_canonical_numbers(tmp_path):
     package, model = package_graph("llama-even", tmp_path, Recipe("rtn", 64, "float32"))
-    target = Target("rtx", frozenset(), 512, fixed_weights=True)
+    target = Target("rtx", frozenset(), 512, merges=True)
     lowered, names = lower(model, target)
-    assert (
-        "merged_projections" in names
-        and "merged_projections" not in lower(model, replace(target, fixed_weights=False))[1]
-    )
+    assert "merged_projections" in names and "merged_projections" not in lower(model, replace(target, merges=False))[1]
     count = sum(node.op_type == "DequantizeLinear" for node in model.graph)
     assert sum(node.op_type == "DequantizeLinear" for node in lowered.graph) == count - 3 * package.spec.layers
     assert sum(value.const_value.nbytes for value in lowered.graph.initializers.values()) == sum(

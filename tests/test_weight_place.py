@@ -46,11 +46,15 @@ def here(*capabilities: str) -> Gpus:
 )
 def test_inputs_only_where_they_were_faster(place, gpus, package, options, packages, monkeypatch):
     monkeypatch.setattr(weight_place, "find_gpus", lambda: here(*gpus))
+    monkeypatch.setattr(weight_place, "_SMALLEST", 1)
     assert weight_place.weight_place(choose("rtx"), BuildOptions(**options), packages[package]) == place
+    monkeypatch.setattr(weight_place, "_SMALLEST", 1 << 28)
+    assert weight_place.weight_place(choose("rtx"), BuildOptions(**options), packages[package]) == "plan"
 
 
 @pytest.mark.parametrize("capability, lowered", [("9.0", True), ("8.9", False)])
 def test_a_build_goes_by_it(capability, lowered, packages, tmp_path, monkeypatch):
     monkeypatch.setattr(weight_place, "find_gpus", lambda: here(capability))
-    built = build(packages["blocks of 64"].path, tmp_path / "engine", max_seq=64, weights="auto")
+    monkeypatch.setattr(weight_place, "_SMALLEST", 1)
+    built = build(packages["blocks of 64"].path, tmp_path / "engine", max_seq=64)
     assert ("weight_inputs" in built.engine.manifest["lowerings"]) == lowered

@@ -2,6 +2,8 @@
 
 python tools/measure_decode.py FOLDER {8b,1b} STAGE…     # FOLDER keeps packages and engines between calls
 
+With ONLY=plan,… in the environment, of the engines named there alone.
+
 build     random INT4 weights, the head's too: engines with them in the plan or as inputs, for short and long contexts
 speed     prompt 512, 128 new tokens: tokens/s, TTFT of 512 and 2,048 tokens, a token's time split by kernels; memory
 context   steps behind 512 and behind 8,192 tokens, in caches of 1,024 to 34,816 rows; prefill of 2,048 and 8,192 tokens
@@ -46,13 +48,14 @@ ENGINES = {
     "inputs, short": {"max_seq": 768, "chunk": 256, "weights": "inputs"},
     "inputs, long": {"max_seq": 32768, "chunk": 2048, "weights": "inputs"},
 }
+ONLY = os.environ["ONLY"].split(",") if "ONLY" in os.environ else [*ENGINES]
 
 
 def build(folder: Path, shape: str, results: dict) -> None:
     package = random_package.write(folder / "package", shape, int4_head=True).path
     say("package")
     measure_gpu.VARIANTS |= ENGINES
-    results |= end_builds(start_builds(package, folder, {}, list(ENGINES)), package, folder)
+    results |= end_builds(start_builds(package, folder, {}, ONLY), package, folder)
 
 
 def rates(llm: LLM, case: Case, runs: int = 3) -> dict:
@@ -76,12 +79,14 @@ def prefill(llm: LLM, ids: list[int]) -> dict:
 
 
 def speed(folder: Path, shape: str, results: dict) -> None:
-    warm(engine_folder(folder, "plan"))
+    warm(engine_folder(folder, ONLY[0]))
     for name, settings in {
         "plan": {},
         "inputs": {},
         "inputs, EAGER": {"kernel_specialization": "EAGER"},
     }.items():
+        if name.split(",")[0] not in ONLY:
+            continue
         with Peak() as peak:
             llm, seconds = load(engine_folder(folder, name.split(",")[0]), **settings)
             found = {"load_seconds": round(seconds, 2), **rates(llm, Case(PROMPT, NEW))}
@@ -104,7 +109,7 @@ def context(folder: Path, shape: str, results: dict) -> None:
         "inputs, long": [short, behind],
         "plan": [short, behind, Case(2048, 2), Case(8192, 2)],
     }
-    for name, asked in cases.items():
+    for name, asked in ((name, asked) for name, asked in cases.items() if name in ONLY):
         llm, _ = load(engine_folder(folder, name), reuse_prefixes=True)
         for case in asked:
             where = f"{name}: {case.context} + {case.prompt} + {case.tokens} tokens"

@@ -106,7 +106,7 @@ _BUILD = """
 import json, sys
 from llmtrt import build
 name, package, output, options = json.loads(sys.argv[1])
-built = build(package, output, verify=False, **{"max_seq": 2048} | options)
+built = build(package, output, verify=False, **{"max_seq": 2048, "weights": "plan"} | options)
 print(json.dumps([name, round(built.seconds, 1), round(built.peak_host_bytes / 1e9, 2)]))
 """
 
@@ -610,7 +610,7 @@ def make_smollm2(package: Path, engine: Path, recipe: str | Recipe, **options: o
     if not package.exists():
         quantize(os.environ["SMOLLM2"], package, recipe)
     if not engine.exists():
-        build(package, engine, verify=False, **options)
+        build(package, engine, verify=False, **{"weights": "plan"} | options)
 
 
 def vocabulary(folder: Path) -> dict:

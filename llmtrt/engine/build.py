@@ -59,7 +59,7 @@ def build(
     tactic_shared_memory: int | None = None,
     timing_cache: str | Path | None = None,
     debug_tensors: tuple[str, ...] = (),
-    weights: str = "plan",
+    weights: str = "auto",
     verify: bool = True,
     report: Report = silent,
 ) -> Built:
@@ -228,7 +228,13 @@ def _lowered(
 
     weights = "inputs" if one_row or options.weights == "inputs" else "plan"
     target = Target(
-        flavor.name, flavor.capabilities, options.capacity, weights, one_row, CONTEXT_STEP, not options.refits
+        flavor.name,
+        flavor.capabilities,
+        options.capacity,
+        weights,
+        one_row,
+        CONTEXT_STEP,
+        merges=options.max_batch > 1 and not options.refits,
     )
     model, names = lower(model, target)
     _lint(package, model, lowered=True)

@@ -3,13 +3,14 @@
 from llmtrt.engine.flavor import Flavor
 from llmtrt.engine.gpu import find_gpus
 from llmtrt.engine.options import BuildOptions, forbids_inputs
-from llmtrt.graph.lowerings.weight_inputs import packs
+from llmtrt.graph.lowerings.weight_inputs import packable_bytes
 from llmtrt.graph.structure import load_graph
 from llmtrt.package import Package
 
 # Flavors and compute capabilities: 1.5 and 1.8 × the tokens/s of one sequence (benchmarks/gpu-decode-1b.json,
 # gpu-decode-8b.json). Steps of 2 to 64 rows are slower (gpu-projections-4096.json), so it is not for engines of several.
 _FASTER_AS_INPUTS = {("rtx", "9.0")}
+_SMALLEST = 1 << 28  # bytes of INT4: of 53 MB a token is 3 % faster, for a build of 5 × the time (gpu-places.json)
 _MEASURED = "float16"  # in bfloat16 sums of a few products round off three times as much as TensorRT's own
 
 
@@ -22,4 +23,4 @@ def weight_place(flavor: Flavor, options: BuildOptions, package: Package) -> str
     is_faster = all((flavor.name, target) in _FASTER_AS_INPUTS for target in targets)
     if options.max_batch != 1 or forbids_inputs(options) or not is_faster or package.spec.dtype != _MEASURED:
         return "plan"
-    return "inputs" if packs(load_graph(package)) else "plan"
+    return "inputs" if packable_bytes(load_graph(package)) >= _SMALLEST else "plan"

@@ -10,8 +10,8 @@ import onnx_ir as ir
 class Target:
     """What a lowering may look at besides the model: ``flavor`` and ``capabilities`` of llmtrt.engine.flavor.Flavor, the
     ``capacity`` of the KV cache in rows per sequence, where ``weights`` are to be, in the "plan" or its "inputs", whether
-    the graph is for ``one_row`` of one sequence, a decode step, alone, and whether it has ``fixed_weights``, which need keep
-    neither name nor shape. Capacity and context are multiples of ``context_step`` rows."""
+    the graph is for ``one_row`` of one sequence, a decode step, alone, and whether it ``merges`` weights into others, which
+    nobody then finds by name. Capacity and context are multiples of ``context_step`` rows."""
 
     flavor: str
     capabilities: frozenset[str]
@@ -19,7 +19,7 @@ class Target:
     weights: str = "plan"
     one_row: bool = False
     context_step: int = 256
-    fixed_weights: bool = False
+    merges: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def _takes(matrix: Matrix) -> bool:
 
 
 def _applies(model: ir.Model, target: Target) -> bool:
-    return target.weights == "plan" and target.fixed_weights and bool(_groups(model))
+    return target.weights == "plan" and target.merges and bool(_groups(model))
 
 
 def _apply(model: ir.Model, target: Target) -> ir.Model:

@@ -23,13 +23,13 @@ def weight_of(value: ir.Value) -> ir.TensorProtocol | None:
     return value.meta.get(_WEIGHT)
 
 
-def packs(model: ir.Model) -> bool:
-    """Whether there are INT4 matrices, all of which can be inputs."""
+def packable_bytes(model: ir.Model) -> int:
+    """Bytes of the INT4 matrices, 0 where one of them, or of INT8, cannot be an input."""
     try:
         found = [each for node in model.graph if (each := _projection(node)) is not None]
     except UserError:
-        return False
-    return any(each.matrix.block is not None for each in found)
+        return 0
+    return sum(each.matrix.q.nbytes for each in found if each.matrix.block is not None)
 
 
 def _applies(model: ir.Model, target: Target) -> bool:
