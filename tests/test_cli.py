@@ -263,7 +263,7 @@ def test_inspect_tells_what_an_engine_will_take(engine, capsys, monkeypatch):
     assert rows["kernel specialization"] == "LAZY" and rows["debug tensors"] == "1"
     assert rows["limits"] == "workspace 67108864 bytes"
     assert f"{memory['weights'] / 1e6:.2f} MB for weights" in rows["GPU memory"]
-    kv_cache = 128 * 5 * 2 * 4 * 8 * 2  # rows, layers, keys and values, heads, head dim, bytes of fp16
+    kv_cache = 256 * 5 * 2 * 4 * 8 * 2  # rows, layers, keys and values, heads, head dim, bytes of fp16
     assert f"{kv_cache / 1e6:.2f} MB for the KV cache of one sequence" in rows["GPU memory"]
     assert f"{max(memory['activations']) / 1e6:.2f} MB for activations" in rows["GPU memory"]  # it streams: all
     assert rows["weight budget"] == f"auto depends on a GPU: the driver sleeps (of {memory['weights'] / 1e6:.2f} MB)"

@@ -1,17 +1,13 @@
 """Forms written for TensorRT's compiler, each by itself on a GPU against float64: what it fuses, it may fuse wrongly."""
 
-import sys
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_gpu import gpu  # noqa: F401 - skips where there is none
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import search_attention
 import search_projection
 import trial_plan
+from test_gpu import gpu  # noqa: F401 - skips where there is none
 
 pytestmark = pytest.mark.gpu
 

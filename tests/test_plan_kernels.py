@@ -1,14 +1,16 @@
 """What TensorRT-RTX makes of a step of one row, read from the plan: why it is fast, which a GPU then has to show."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import families
 import onnx_ir as ir
 import pytest
 
 pytest.importorskip("tensorrt_rtx_bindings")
+
+import plan_kernels
+import search_projection
+import trial_plan
 
 from llmtrt.engine.build import _lowered
 from llmtrt.engine.flavor import choose
@@ -18,11 +20,6 @@ from llmtrt.engine.profiles import one_row_profile
 from llmtrt.graph.structure import load_graph
 from llmtrt.quantization.pipeline import quantize
 from llmtrt.quantization.recipe import Recipe
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import plan_kernels
-import search_projection
-import trial_plan
 
 LAYERS = families.SIZES["num_hidden_layers"]
 

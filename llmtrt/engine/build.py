@@ -176,7 +176,7 @@ def _build_decoders(flavor: Flavor, package: Package, options: BuildOptions, fol
         flavor,
         graph,
         package.graph,
-        partial(decoder_profiles, options=options, one_alone="merged_projections" in lowerings),
+        partial(decoder_profiles, options=options, one_alone=one_row is None and "merged_projections" in lowerings),
         options,
         folder / PLAN,
         report,

@@ -26,14 +26,15 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions, one_alone:
     what the capacity is a multiple of, and tuned for ``options.opt_batch`` and ``opt_context``. Then decode for just
     ``opt_batch``, just ``max_batch`` and, with ``one_alone``, just one of several sequences: where B is free, TensorRT-RTX
     1.6 launches as many threads as a cache has numbers to write one row of each (23 of 240 µs a layer for 16 × 1,536 rows).
-    For one row it merges projections that it merges for no other shapes, and would keep their weights twice.
+    For one row it merges projections that it merges for no other shapes, and keeps their weights twice unless they are one.
 
     ``inputs``: the network's shapes, −1 where a dimension is dynamic. Those without one, which are weights, need none.
     """
     inputs = {name: shape for name, shape in inputs.items() if any(size < 0 for size in shape)}
     chunk, capacity = options.chunk, options.capacity
-    batch, sizes = (1, options.opt_batch, options.max_batch), {options.opt_batch, options.max_batch, 1}
-    sizes -= set() if one_alone and options.max_batch > 1 else {1}
+    batch, steady = (1, options.opt_batch, options.max_batch), {options.opt_batch, options.max_batch} - {1}
+    if one_alone and steady:
+        steady.add(1)
     context = (CONTEXT_STEP, max(CONTEXT_STEP, options.opt_context), capacity)
     none, one, rows, wanted = (0, 0, 0), (1, 1, 1), (1, chunk, chunk), (1, 1, chunk)
 
@@ -41,7 +42,7 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions, one_alone:
         return Profile(name, {each: _shapes(each, shape, batch, context, *sizes) for each, shape in inputs.items()})
 
     found = [profile("decode", batch, one, one, one), profile("prefill", batch, rows, wanted, none)]
-    return found + [profile(f"decode, batch {size}", (size,) * 3, one, one, one) for size in sorted(sizes)]
+    return found + [profile(f"decode, batch {size}", (size,) * 3, one, one, one) for size in sorted(steady)]
 
 
 def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
