@@ -248,13 +248,14 @@ SAMPLED = [
 @pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
 @pytest.mark.parametrize("name", ["stories-fp32", "stories-int4", "smollm2-int4"])
 def test_tokens_chosen_on_the_device_are_the_hosts(made, name, captured):
-    """Asked for log-probabilities, the host chooses from each step's logits. Where its last bits decide nothing, the answers
-    cross a context bucket, and sequences join while others decode: for each batch size TensorRT may add in another order."""
+    """Asked for log-probabilities, the host chooses from each step's logits. Tiny models' answers cross a context bucket, and
+    sequences join while others decode. SmolLM2 has near ties, whose order may be another for each batch size and each number
+    of rows in a prefill step: there all start together, and nothing is reused."""
     package, engine = made(name)
     prompts = [tokens(package, count).tolist() for count in ((20, 5, 21) if name == "smollm2-int4" else (240, 5, 70))]
     # Of 49,152 tokens that nothing cuts off, many weigh no more than what fp32 rounds off their sum.
     told_apart = [each for each in SAMPLED if not each["temperature"] or each.keys() & {"top_k", "top_p"}]
-    with on(TrtSession(engine, cuda_graphs=captured), engine) as llm:
+    with on(TrtSession(engine, cuda_graphs=captured), engine, reuse_prefixes=False) as llm:
         for params in told_apart if name == "smollm2-int4" else SAMPLED:
             device = llm.generate(prompts, SamplingParams(max_tokens=40, ignore_eos=True, **params))
             host = llm.generate(prompts, SamplingParams(max_tokens=40, ignore_eos=True, logprobs=0, **params))
@@ -388,7 +389,8 @@ def test_closing_gives_all_memory_back(made):
     _, engine = made("stories-fp16")
     probe = Cuda()
     try:
-        for turn in range(4):
+        free = []
+        for _ in range(6):
             session = TrtSession(engine)
             session.reserve(3, 100)
             params = SamplingParams()
@@ -398,10 +400,10 @@ def test_closing_gives_all_memory_back(made):
                 assert session.tokens().shape == (1,)
             used = probe.free_bytes()
             session.close()
-            if turn == 0:  # the first keeps some of the driver's own
-                before = probe.free_bytes()
-            assert used < before
-        assert before - probe.free_bytes() < 8 << 20
+            free.append(probe.free_bytes())
+            assert used < free[-1]
+        # The driver keeps 8 MiB of its own in the first ones; memory that was lost would be 2 MiB at least, each time.
+        assert free[2] - free[5] < 4 << 20, free
     finally:
         probe.close()
 

@@ -428,7 +428,7 @@ def profile(llm: LLM, ids: list) -> dict:
     steps, span = len(marks) - 1, marks[-1] - marks[0]
     busy = sum(end - start for start, end, _ in inside)
     # a product rounds bytes down, or is TensorRT's own
-    projections = sum(end - start for start, end, name in inside if "Floo" in name or "dequant" in name)
+    projections = sum(end - start for start, end, name in inside if "Floo" in name or "equant" in name)
     return {
         "tokens": steps,
         "us_per_token": round(span / steps, 1),
