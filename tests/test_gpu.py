@@ -248,9 +248,9 @@ SAMPLED = [
 @pytest.mark.parametrize("captured", [True, False], ids=["captured", "eager"])
 @pytest.mark.parametrize("name", ["stories-fp32", "stories-int4", "smollm2-int4"])
 def test_tokens_chosen_on_the_device_are_the_hosts(made, name, captured):
-    """Asked for log-probabilities, the host chooses from each step's logits. Tiny models' answers cross a bucket of contexts,
-    and sequences join while others decode. SmolLM2 has near ties, whose order may be another for each batch size and number
-    of rows in a prefill step: there all start together, and nothing is reused."""
+    """Asked for log-probabilities, the host chooses from each step's logits. The answers of tiny models cross a context
+    bucket, and sequences join while others decode. SmolLM2 has near ties, whose order may be another for each batch size and
+    number of rows of a prefill step: there all start together, and nothing is reused."""
     package, engine = made(name)
     prompts = [tokens(package, count).tolist() for count in ((20, 5, 21) if name == "smollm2-int4" else (240, 5, 70))]
     # Of 49,152 tokens that nothing cuts off, many weigh no more than what fp32 rounds off their sum.
