@@ -106,7 +106,7 @@ def split(size: int, sums: str) -> Write:
 class Library:
     """As llmtrt.graph.lowerings.split_attention has it: it takes the native form, which stands in the graph first."""
 
-    splits: tuple[int, ...]
+    splits: int
 
     def __call__(self, *operands: GraphBuilder | ir.Value) -> ir.Value:
         return native(*operands)
@@ -127,7 +127,7 @@ FORMS: dict[str, Write] = {
     "splits of 128, scores by sums": split(128, "qk"),
     "splits of 256, scores by sums": split(256, "qk"),
     "splits of 64, values by sums": split(64, "pv"),
-    **{f"{' × '.join(map(str, each))} splits": Library(each) for each in ((4,), (2, 4), (16,), (4, 4), (4, 8))},
+    **{f"{splits} splits": Library(splits) for splits in (4, 8, 16)},
 }
 
 
