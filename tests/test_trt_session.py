@@ -1206,6 +1206,25 @@ def shown(engine, tmp_path_factory):
     return built, graph
 
 
+def test_a_decode_step_says_that_its_row_takes_the_other_form_of_attention(machine, tmp_path):
+    """And has the profile of its batch size, where there is one: of 3, 2 and 1 sequences, 2 alone has none."""
+    quantize(families.save("mistral", tmp_path / "checkpoint"), tmp_path / "package", "fp16")
+    engine = built_small(tmp_path / "package", tmp_path / "engine")
+    names = [profile["name"] for profile in engine.profiles]
+    assert names == ["decode", "prefill", "decode, batch 3"] and "split_attention" in engine.manifest["lowerings"]
+    cuda, trt = machine(engine=engine)
+    session = TrtSession(engine)
+    expected = OrtSession(open_package(engine.package_path), threads=1, accuracy_level=1, chunk=CHUNK)
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (12, 8, 4)]
+    assert tokens(session, PROMPTS, params) == tokens(expected, PROMPTS, params)
+    decodes, prefills = trt.runs_of(PLAN), trt.runs_of(PLAN, 1)
+    assert {run["decode_rows"] for run in decodes} == {(1,)} and {run["decode_rows"] for run in prefills} == {(0,)}
+    used = {(profile, run["input_ids"][0]) for name, profile, run in trt.runs if name == PLAN and profile != 1}
+    assert used == {(2, 3), (0, 2), (0, 1)}
+    session.close()
+    assert not cuda.live
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 def test_debug_tensors_have_the_values_of_the_last_step(shown, machine, monkeypatch, graphs):
     monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", 8)
