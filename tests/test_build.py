@@ -63,7 +63,7 @@ def test_an_engine_knows_what_it_was_built_for(engine, package):
     assert opened.package_path == package.resolve()
     assert opened.manifest["lowerings"] == ["static_capacity", "split_attention", "merged_projections"]
     assert opened.manifest["flags"] == []
-    assert opened.manifest["format_version"] == 4 and opened.debug_tensors == []
+    assert opened.manifest["format_version"] == 5 and opened.debug_tensors == []
     assert opened.manifest["limits"] == {"workspace": None, "tactic_shared_memory": None}
     assert opened.manifest["runtime"] == {"kernel_specialization": "NONE"}
     assert not (opened.stripped or opened.refittable or opened.streams or opened.version_compatible)
@@ -154,7 +154,7 @@ def test_the_manifest_tells_what_memory_the_plan_takes(engine, tmp_path, monkeyp
     """The weights that the builder counts are the graph's own, each from 256 bytes on; in tiny matrices, some twice."""
     sizes = {
         "hidden_size": 512,
-        "intermediate_size": 1024,
+        "intermediate_size": 2048,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "head_dim": 64,
@@ -166,7 +166,7 @@ def test_the_manifest_tells_what_memory_the_plan_takes(engine, tmp_path, monkeyp
     tensors = weights(load_graph(larger)).values()
     whole, counted = sum(tensor.nbytes for tensor in tensors), built.manifest["memory"]["weights"]
     assert 0.98 * whole <= counted <= 1.02 * whole and built.weight_bytes == counted  # equal norms are one
-    assert built.manifest["memory"]["largest_weight"] == max(tensor.nbytes for tensor in tensors)
+    assert built.manifest["memory"]["largest_weight"] == 2 * 2048 * 512 // 2  # gate and up in one, INT4
     opened = engine[0].engine
     memory = opened.manifest["memory"]
     decode, prefill, of_one, of_two = memory["activations"]
@@ -529,6 +529,14 @@ def _limited(function, resource):
     return limited
 
 
+@pytest.mark.parametrize("asked, tuned", [({}, 768), ({"opt_context": 300}, 512)])
+def test_contexts_are_tuned_for_in_whole_steps(tmp_path, asked, tuned):
+    checkpoint = families.save("llama-even", tmp_path / "checkpoint", max_position_embeddings=4096)
+    package = quantize(checkpoint, tmp_path / "package", "fp16").package
+    engine = build(package.path, tmp_path / "engine", max_seq=600, chunk=64, **asked).engine
+    assert [each["shapes"]["kv_range"] for each in engine.profiles] == [[[256], [tuned], [768]]] * 2
+
+
 def test_contexts_past_what_tensorrts_attention_of_one_row_takes_are_built(tmp_path):
     """From 24,576 rows of cache less the head dimension on, it has no kernel for a decode profile of one row."""
     checkpoint = families.save("llama-even", tmp_path / "checkpoint", max_position_embeddings=65536)
@@ -556,7 +564,7 @@ def hold_weights(extent: list):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 4"),
+        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 5"),
         (lambda m: m.update(format="llmtrt-package"), "expected format 'llmtrt-engine', found 'llmtrt-package'"),
         (lambda m: m.update(format="other"), "not an engine's manifest"),
         (lambda m: m.update(capacity=-1), "capacity should be a positive integer, but is -1"),
@@ -566,6 +574,11 @@ def hold_weights(extent: list):
         (lambda m: m["runtime"].update(kernel_specialization=[]), "debug_tensors and runtime should hold names"),
         (lambda m: m.update(flags=["REFIT_INDIVIDUAL"]), "'files' should list graph.onnx"),
         (lambda m: m.pop("profiles"), "'profiles' should be a JSON array"),
+        (lambda m: m["profiles"][2]["shapes"].pop("input_ids"), "'profiles' should hold shapes of input_ids"),
+        (
+            lambda m: m["profiles"][2]["shapes"].update(input_ids=[[1], [1], [1]]),
+            "'profiles' should hold shapes of input",
+        ),
         (lambda m: m["files"].pop("engine.plan"), "'files' should list engine.plan"),
         (lambda m: m["files"].pop("greedy.plan"), "'files' should list greedy.plan"),
         (lambda m: m.update(one_row=[1]), "'one_row' should be a JSON object or null"),

@@ -225,16 +225,17 @@ def package_graph(name: str, folder, recipe):
     return package, load_graph(package)
 
 
-def step_of(spec, rows: int, capacity: int, context: int) -> dict:
-    """``rows`` tokens from position 200 on, behind a cache of which ``context`` rows are in sight."""
+def step_of(spec, rows: int, capacity: int, context: int, batch: int = 1) -> dict:
+    """``rows`` tokens of each sequence from position 200 on, of the second from 137 on, behind a cache of which ``context``
+    rows are in sight."""
     rng = np.random.default_rng(3)
     feeds = {
-        "input_ids": rng.integers(0, spec.vocab_size, (1, rows)),
-        "positions": 200 + np.arange(rows)[None],
-        "logits_index": np.array([[rows - 1]]),
+        "input_ids": rng.integers(0, spec.vocab_size, (batch, rows)),
+        "positions": 200 - 63 * np.arange(batch)[:, None] + np.arange(rows),
+        "logits_index": np.full((batch, 1), rows - 1),
         "kv_range": np.arange(context),
     }
-    shape = (1, spec.kv_heads, capacity, spec.head_dim)
+    shape = (batch, spec.kv_heads, capacity, spec.head_dim)
     for layer in range(spec.layers):
         for which in ("key", "value"):
             feeds[f"past_{which}_{layer}"] = rng.standard_normal(shape, np.float32).astype(spec.kv_dtype)
@@ -280,11 +281,14 @@ def test_a_graph_with_both_forms_of_attention_has_the_canonical_numbers(name, ca
         if source is not None and source.op_type == "Attention":
             node.replace_input_with(0, node.inputs[1])
             node.resize_inputs(1)
+            decode.graph.outputs.append(source.inputs[0])
             decode.graph.remove(source, safe=True)
     for rows, few, graph in ((1, 1, decode), (1, 0, lowered), (5, 0, lowered)):
-        feeds = step_of(package.spec, rows, capacity, 256)
+        feeds = step_of(package.spec, rows, capacity, 256, batch=2)
         wanted = run_in(package.path, model, feeds)
         found = run_in(package.path, graph, feeds | {"decode_rows": np.zeros(few, np.int64)})
+        found, left = found[: len(wanted)], found[len(wanted) :]
+        assert all(q.shape[2] == 0 for q in left) and len(left) == (package.spec.layers if few else 0)
         assert wanted[0].std() > 0.01
         for ours, expected in zip(found, wanted, strict=True):
             assert np.abs(ours.astype(np.float64) - expected).max() <= 1e-2 * np.ptp(expected.astype(np.float64))

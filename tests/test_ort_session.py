@@ -302,7 +302,7 @@ def engine(fp32, tmp_path, monkeypatch):
         (folder / name).write_bytes(b"plan")
     digests = {path.name: files.digest_file(path) for path in folder.iterdir()}
     manifest = {
-        "format": "llmtrt-engine", "format_version": 4, "files": digests, "generation": {},
+        "format": "llmtrt-engine", "format_version": 5, "files": digests, "generation": {},
         "model": fp32.spec.to_json(),
         "package": {"path": str(fp32.path), "sha256": fp32.digest}, "flavor": {"name": "rtx", "version": "1.6.1"},
         "compute_capabilities": [], "profiles": [], "lowerings": [], "flags": [],

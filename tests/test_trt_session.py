@@ -383,7 +383,10 @@ def test_activations_are_those_of_a_layer_where_weights_are_unpacked(with_inputs
         with_inputs.activation_bytes(1) == with_inputs.activation_bytes(2) == max(said // layers * 5 // 4, of_one_row)
     )
     head = 1 << 20
-    weights = manifest["weight_inputs"] | {"lm_head.weight.bytes": [0, head]}
+    weights = manifest["weight_inputs"] | {
+        "lm_head.weight.bytes": [0, head],
+        "model.embed_tokens.weight": [0, 9 * head],
+    }
     memory = manifest["memory"] | {"activations": [said, 100 * head]}
     larger = dataclasses.replace(with_inputs, manifest=manifest | {"weight_inputs": weights, "memory": memory})
     assert larger.activation_bytes(1) == 100 * head // layers * 5 // 4

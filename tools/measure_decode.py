@@ -2,7 +2,7 @@
 
 python tools/measure_decode.py FOLDER {8b,1b} STAGE…     # FOLDER keeps packages and engines between calls
 
-With ONLY=plan,… in the environment, of the engines named there alone.
+With ONLY="plan;inputs, short" in the environment, of the engines named there alone.
 
 build     random INT4 weights, the head's too: engines with them in the plan or as inputs, for short and long contexts
 speed     prompt 512, 128 new tokens: tokens/s, TTFT of 512 and 2,048 tokens, a token's time split by kernels; memory
@@ -49,7 +49,7 @@ ENGINES = {
     "inputs, long": {"max_seq": 32768, "chunk": 2048, "weights": "inputs"},
 }
 PLAIN = Case(PROMPT, NEW)
-ONLY = os.environ["ONLY"].split(",") if "ONLY" in os.environ else [*ENGINES]
+ONLY = os.environ["ONLY"].split(";") if "ONLY" in os.environ else [*ENGINES]
 
 
 def build(folder: Path, shape: str, results: dict) -> None:

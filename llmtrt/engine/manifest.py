@@ -13,7 +13,7 @@ from llmtrt.manifest import MANIFEST, Kind, read_manifest
 from llmtrt.package import WEIGHTS as PACKAGE_WEIGHTS
 from llmtrt.package import ModelSpec
 
-ENGINE = Kind("llmtrt-engine", 4, "an engine", "llmtrt build PACKAGE -o ENGINE")
+ENGINE = Kind("llmtrt-engine", 5, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN, DECODE = "engine.plan", "decode.plan"  # of every step; of one row of one sequence alone, where there is one
 WEIGHTS, WEIGHT_ALIGNMENT = "weights.bin", 4096  # what the plans take as inputs; of each one's start
 GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
@@ -123,7 +123,7 @@ class Engine:
     def _unpacking(self, said: int) -> int:
         """Activations of a plan that unpacks its weights, for one sequence as for all: TensorRT counts every matrix, but has
         those of one layer at a time, or an INT8 head. Of 32 layers of the 8B shape it ``said`` 13.9 GB and took 0.48."""
-        largest = max(length for _, length in self.weight_inputs.values())
+        largest = max(length for name, (_, length) in self.weight_inputs.items() if name.endswith(".bytes"))
         unpacked = largest * (4 if self.spec.dtype == "float32" else 2)
         return min(said, max(said // self.spec.layers, unpacked) * 5 // 4)
 
@@ -196,6 +196,10 @@ def _check(manifest: dict, where: Path) -> None:
         value = manifest.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
             raise UserError(f"{where}: {name} should be a positive integer, but is {value!r}")
+    if not all(map(_is_profile, manifest["profiles"])):
+        raise UserError(
+            f"{where}: 'profiles' should hold shapes of input_ids: make the engine anew with `llmtrt build`"
+        )
     if manifest["capacity"] < manifest["max_seq"] + manifest["chunk"]:
         raise UserError(
             f"{where}: capacity {manifest['capacity']} is less than max_seq {manifest['max_seq']} + chunk "
@@ -235,6 +239,17 @@ def _check(manifest: dict, where: Path) -> None:
     sizes += [] if memory.get("weights") is None else [memory["weights"]]
     if not all(map(_is_size, sizes)) or activations == []:
         raise UserError(f"{where}: 'memory' should hold sizes in bytes: make the engine anew with `llmtrt build`")
+
+
+def _is_profile(value: object) -> bool:
+    """Whether it has three shapes of input_ids."""
+    shapes = value.get("shapes") if isinstance(value, dict) else None
+    shapes = shapes.get("input_ids") if isinstance(shapes, dict) else None
+    return (
+        isinstance(shapes, list)
+        and len(shapes) == 3
+        and all(isinstance(shape, list) and len(shape) == 2 and all(map(_is_size, shape)) for shape in shapes)
+    )
 
 
 def _is_size(value: object) -> bool:

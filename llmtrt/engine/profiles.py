@@ -26,16 +26,17 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions, one_alone:
     what the capacity is a multiple of, and tuned for ``options.opt_batch`` and ``opt_context``. Then decode for just
     ``opt_batch``, just ``max_batch`` and, with ``one_alone``, just one of several sequences: where B is free, TensorRT-RTX
     1.6 launches as many threads as a cache has numbers to write one row of each (23 of 240 µs a layer for 16 × 1,536 rows).
-    For one row it merges projections that it merges for no other shapes, and keeps their weights twice unless they are one.
+    For one row it merges projections that it merges for no other shapes: beside those of several sequences it keeps their
+    weights twice, unless the graph has them as one.
 
     ``inputs``: the network's shapes, −1 where a dimension is dynamic. Those without one, which are weights, need none.
     """
     inputs = {name: shape for name, shape in inputs.items() if any(size < 0 for size in shape)}
     chunk, capacity = options.chunk, options.capacity
     batch, steady = (1, options.opt_batch, options.max_batch), {options.opt_batch, options.max_batch} - {1}
-    if one_alone and steady:
+    if one_alone:
         steady.add(1)
-    context = (CONTEXT_STEP, max(CONTEXT_STEP, options.opt_context), capacity)
+    context = (CONTEXT_STEP, -(-options.opt_context // CONTEXT_STEP) * CONTEXT_STEP, capacity)
     none, one, rows, wanted = (0, 0, 0), (1, 1, 1), (1, chunk, chunk), (1, 1, chunk)
 
     def profile(name: str, batch: Shape, *sizes: Shape) -> Profile:

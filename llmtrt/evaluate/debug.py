@@ -3,7 +3,8 @@
 The tensors are outputs of the engine, put there by ``graph/expose.py`` when it was built with ``debug_tensors``.
 TensorRT-RTX 1.6 takes ``INetworkDefinition.mark_debug``, but never calls an IDebugListener for what was marked, only for
 tensors of the compiler's own naming; outputs work on every flavor, and on ONNX Runtime alike. An output cannot be fused
-away, so the numbers are those of an engine built for debugging.
+away, so the numbers are those of an engine built for debugging. Of more than one token the step is a prefill step: attention
+is in the form that those have.
 """
 
 import re

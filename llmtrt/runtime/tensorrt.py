@@ -444,7 +444,7 @@ class TrtSession:
         samplers = [(GREEDY, slots), (SAMPLER, slots)]
         if self._streaming_scratch:
             samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
-        decoding = {slots, 1} if DECODE in self._engines else {slots}
+        decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
         rows, prefill = min(self.chunk, max_seq), self._context(PLAN, _PREFILL)
         contexts = [
             (self._context(*self._decode_profile(count), count, length), (count, 1, 1, length)) for count in decoding

@@ -8,13 +8,8 @@ from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.kv_cache import aligned
 from llmtrt.runtime.tensors import Tensor
 
-_STEP = (
-    "input_ids",
-    "positions",
-    "logits_index",
-    "kv_range",
-    "decode_rows",
-)  # and past_*: inputs that a step has of its own
+# And past_*: inputs that a step has of its own.
+_STEP = ("input_ids", "positions", "logits_index", "kv_range", "decode_rows")
 
 
 class WeightInputs:
