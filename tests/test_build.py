@@ -170,9 +170,8 @@ def test_the_manifest_tells_what_memory_the_plan_takes(engine, tmp_path, monkeyp
     opened = engine[0].engine
     memory = opened.manifest["memory"]
     decode, prefill, of_one, of_two = memory["activations"]
-    assert 0 < of_one < of_two <= decode <= prefill and opened.activation_bytes(
-        2
-    ) == prefill == 2 * opened.activation_bytes(1)
+    assert 0 < of_one < of_two <= decode <= prefill
+    assert opened.activation_bytes(2) == prefill == 2 * opened.activation_bytes(1)
     assert opened.streaming_scratch_bytes == 2 * memory["largest_weight"]
 
 

@@ -34,9 +34,7 @@ def made(request, tmp_path_factory):
         if other:
             checkpoint = perturbed(checkpoint, folder / "checkpoint")
         packages.append(quantize(checkpoint, folder / name, request.param).package)
-        whole.append(
-            logits(build(packages[-1].path, folder / f"{name}.engine", weights="plan", **SIZES).engine, packages[0])
-        )
+        whole.append(logits(build(packages[-1].path, folder / f"{name}.engine", **SIZES).engine, packages[0]))
     stripped = build(packages[0].path, folder / "stripped", strip=True, refit="any", **SIZES).engine
     return packages, whole, stripped
 

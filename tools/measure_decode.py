@@ -86,10 +86,10 @@ def speed(folder: Path, shape: str, results: dict) -> None:
         "inputs": {},
         "inputs, EAGER": {"kernel_specialization": "EAGER"},
     }.items():
-        if name.split(",")[0] not in ONLY:
+        if (engine := name.split(",")[0]) not in ONLY:
             continue
         with Peak() as peak:
-            llm, seconds = load(engine_folder(folder, name.split(",")[0]), **settings)
+            llm, seconds = load(engine_folder(folder, engine), **settings)
             found = {"load_seconds": round(seconds, 2), **rates(llm, PLAIN)}
         found["ttft_2048_ms"] = rates(llm, Case(2048, 2))["ttft_ms"]
         found["memory"] = llm.memory().to_json() | {"peak": peak.bytes}
@@ -110,7 +110,9 @@ def context(folder: Path, shape: str, results: dict) -> None:
         "inputs, long": [short, behind],
         "plan": [short, behind, Case(2048, 2), Case(8192, 2)],
     }
-    for name, asked in ((name, asked) for name, asked in cases.items() if name in ONLY):
+    for name, asked in cases.items():
+        if name not in ONLY:
+            continue
         llm, _ = load(engine_folder(folder, name), reuse_prefixes=True)
         for case in asked:
             where = f"{name}: {case.context} + {case.prompt} + {case.tokens} tokens"

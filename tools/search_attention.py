@@ -33,7 +33,6 @@ from llmtrt.graph import packed_product  # noqa: E402
 from llmtrt.graph.attention_node import attentions  # noqa: E402
 from llmtrt.graph.builder import GraphBuilder  # noqa: E402
 from llmtrt.graph.lowerings import split_attention  # noqa: E402
-from llmtrt.graph.rewrite import Rewrite  # noqa: E402
 
 SEQUENCES = int(os.environ.get("SEQUENCES", "1"))
 HEADS, KV_HEADS, DIM, LAYERS = 32 * SEQUENCES, 8 * SEQUENCES, 128, 8
@@ -114,8 +113,7 @@ class Library:
     def lower(self, model: ir.Model) -> ir.Model:
         model = ShapeInferencePass()(model).model
         for node in attentions(model):
-            new = Rewrite(node)
-            new.replace(split_attention.split(new, node, node.inputs[0], node.inputs[3], STEP, self.splits))
+            split_attention.split(node, STEP, self.splits)
         return model
 
 

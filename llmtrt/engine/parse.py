@@ -42,24 +42,20 @@ def parse(
     path: Path,
     logger: Any,
     given: Mapping[str, bytes] = MappingProxyType({}),
-) -> Any:
+) -> tuple[Any, dict[str, np.ndarray]]:
     """Parses ``model`` into ``network``; its external data lie beside ``path``, but for the initializers in ``given``.
 
-    Returns what owns the weights: hold it until the engine is built. Raises one UserError that lists the first nodes that
-    the parser refused.
+    Returns the OnnxParser and the arrays that it reads, which own the weights: hold both until the engine is built. Raises
+    one UserError that lists the first nodes that the parser refused.
     """
     parser = flavor.module.OnnxParser(network, logger)
-    if not given:
-        parsed = parser.parse(model, str(path))
-    else:
-        held = {name: np.frombuffer(content, np.uint8) for name, content in given.items()}
-        parsed = parser.load_model_proto(model, str(path))
-        parsed = parsed and all(
-            parser.load_initializer(name, each.ctypes.data, each.nbytes) for name, each in held.items()
-        )
-        parsed = parsed and parser.parse_model_proto()
-    if parsed:
-        return (parser, held) if given else parser
+    arrays = {name: np.frombuffer(content, np.uint8) for name, content in given.items()}
+    if (
+        parser.load_model_proto(model, str(path))
+        and all(parser.load_initializer(name, each.ctypes.data, each.nbytes) for name, each in arrays.items())
+        and parser.parse_model_proto()
+    ):
+        return parser, arrays
     errors = parse_errors(parser)
     shown = "; ".join(map(str, errors[:_LISTED])) or logger.reason() or "it gave no reason"
     more = f" (and {len(errors) - _LISTED} more)" if len(errors) > _LISTED else ""

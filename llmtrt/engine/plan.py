@@ -56,8 +56,7 @@ def build_plan(
             f"TensorRT {flavor.name} {flavor.version} does not start ({logger.reason() or error}): see `llmtrt doctor`"
         ) from None
     network = builder.create_network(_network_flags(trt))
-    made = {name: make() for name, make in given.items()}
-    parser = parse(flavor, network, graph, source, logger, made)  # owns the weights
+    owners = parse(flavor, network, graph, source, logger, {name: make() for name, make in given.items()})
     _mark_refittable(flavor, network, refittable)
     config = builder.create_builder_config()
     _configure(flavor, config, options)
@@ -75,7 +74,7 @@ def build_plan(
         except BaseException:
             monitor.cancel()
             raise
-    del parser, made
+    del owners
     if monitor.error:
         raise monitor.error
     if built is None:

@@ -50,12 +50,14 @@ def write_sampler(vocab_size: int, greedy_only: bool = False) -> ir.Model:
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         temperature, *limits, penalty = (g.input(name, FLOAT, ["B", 1]) for name in names)
         scores = _penalized(g, scores, seen, penalty)
-    blocks = _in_blocks(g, scores, vocab_size)
-    top = _reduce(g, "ReduceMax", blocks)
-    tokens = _likeliest(g, blocks, -(-vocab_size // _BLOCKS))
+    width = -(-vocab_size // _BLOCKS)
+    blocks = _in_blocks(g, scores, vocab_size, width)
+    highest = g.op("ReduceMax", blocks, g.constant([2]))
+    top = g.op("ReduceMax", highest, g.constant([1]))
+    tokens = _likeliest(g, blocks, highest, width)
     if not greedy_only:
         weights = _weights(g, blocks, top, temperature, *limits, vocab_size)
-        drawn = _draw(g, weights, g.op("GatherElements", noise, steps, axis=1), -(-vocab_size // _BLOCKS))
+        drawn = _draw(g, weights, g.op("GatherElements", noise, steps, axis=1), width)
         tokens = g.op("Where", g.op("Greater", temperature, _float(g, 0)), drawn, tokens)
     tokens = g.op("Where", _are_numbers(g, blocks, top), tokens, g.constant(-1))
     one = g.constant(1)
@@ -78,18 +80,18 @@ def _penalized(g: GraphBuilder, scores: ir.Value, seen: ir.Value, penalty: ir.Va
         return g.op("Where", seen, smaller, scores)
 
 
-def _in_blocks(g: GraphBuilder, scores: ir.Value, vocab_size: int) -> ir.Value:
-    """``scores`` [B, V] as [B, 128, ⌈V / 128⌉], filled up with −inf."""
-    if missing := -vocab_size % _BLOCKS:
+def _in_blocks(g: GraphBuilder, scores: ir.Value, vocab_size: int, width: int) -> ir.Value:
+    """``scores`` [B, V] as [B, 128, width = ⌈V / 128⌉], filled up with −inf."""
+    if missing := _BLOCKS * width - vocab_size:
         scores = g.op("Pad", scores, g.constant([0, 0, 0, missing]), _float(g, -np.inf))
-    return g.op("Reshape", scores, g.constant([0, _BLOCKS, -(-vocab_size // _BLOCKS)]))
+    return g.op("Reshape", scores, g.constant([0, _BLOCKS, width]))
 
 
-def _likeliest(g: GraphBuilder, blocks: ir.Value, width: int) -> ir.Value:
-    """int64 [B, 1]: the place of the first of the largest of ``blocks`` [B, 128, width], found in each block and then among
-    the blocks: of 16 × 128,256 in 10 µs, where one ArgMax takes 68 (H100)."""
+def _likeliest(g: GraphBuilder, blocks: ir.Value, highest: ir.Value, width: int) -> ir.Value:
+    """int64 [B, 1]: the place of the first of the largest of ``blocks`` [B, 128, width], of each of which the ``highest``
+    [B, 128, 1] is known: of 16 × 128,256 in 10 µs, where one ArgMax takes 68 (H100)."""
     with g.scope("likeliest"):
-        block = g.op("ArgMax", g.op("ReduceMax", blocks, g.constant([2]), keepdims=0), axis=1)
+        block = g.op("Squeeze", g.op("ArgMax", highest, axis=1), g.constant([2]))
         place = g.op("GatherElements", g.op("ArgMax", blocks, axis=2, keepdims=0), block, axis=1)
         return g.op("Add", g.op("Mul", block, g.constant(width)), place)
 

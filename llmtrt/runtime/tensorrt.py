@@ -415,8 +415,7 @@ class TrtSession:
             self._grow_logits(batch * wanted * self.spec.vocab_size)
             self._grow_activations(context.set_shapes(self._shapes(context, *shapes)))
             places = self._kv.places(first) | inputs | {"kv_range": self._range, "logits": self._logits}
-            places["decode_rows"] = self._range  # of which it is at most one number
-            places |= self._weights.places() if self._weights else {}
+            places |= {"decode_rows": self._range} | (self._weights.places() if self._weights else {})
             context.bind(places | self._debug_places(context), self._activations)
             context.state = (first, *shapes, self._layout)
             self._prepared_count += 1

@@ -4,7 +4,7 @@ TensorRT merges them by itself only where a step is one row of one sequence. Of 
 less a layer, in fewer launches (8B shape, H100, TensorRT-RTX 1.6).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -40,23 +40,19 @@ def _apply(model: ir.Model, target: Target) -> ir.Model:
 def _merge(model: ir.Model, group: list[Projection]) -> None:
     first, matrices = group[0].node, [each.matrix for each in group]
     name, n = "+".join(each.name for each in group), sum(matrix.n for matrix in matrices)
-    k, scale = matrices[0].k, matrices[0].scale
-    tensors = (
-        ir.LazyTensor(
-            partial(_columns_of_q, matrices), dtype=ir.DataType.INT4, shape=ir.Shape([k, n]), name=name, cache=False
-        ),
-        ir.LazyTensor(
-            partial(_columns_of_scales, matrices),
-            dtype=scale.dtype,
-            shape=ir.Shape([scale.shape[0], n]),
-            name=f"{name}_scale",
-            cache=False,
-        ),
-    )
-    q, scales = (
-        ir.Value(name=each.name, type=ir.TensorType(each.dtype), shape=each.shape, const_value=each) for each in tensors
-    )
-    model.graph.initializers.update({q.name: q, scales.name: scales})
+
+    def columns(
+        make: Callable[[Sequence[Matrix]], ir.TensorProtocol], like: ir.TensorProtocol, suffix: str
+    ) -> ir.Value:
+        """An initializer that ``make`` makes when it is asked for, with the type and rows of ``like``."""
+        shape = ir.Shape([like.shape[0], n])
+        tensor = ir.LazyTensor(partial(make, matrices), dtype=like.dtype, shape=shape, name=name + suffix)
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+        model.graph.register_initializer(value)
+        return value
+
+    q = columns(_columns_of_q, matrices[0].q, "")
+    scales = columns(_columns_of_scales, matrices[0].scale, "_scale")
     new = Rewrite(first)
     weight = new.op("DequantizeLinear", q, scales, axis=0, block_size=matrices[0].block)
     replace(group, new, new.op("MatMul", first.inputs[0], weight))

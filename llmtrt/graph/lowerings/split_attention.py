@@ -38,8 +38,7 @@ def _apply(model: ir.Model, target: Target) -> ir.Model:
     splits = splits_of(target.capacity)
     if target.one_row:
         for node in attentions(model):
-            new = Rewrite(node)
-            new.replace(split(new, node, node.inputs[0], node.inputs[3], target.context_step, splits))
+            split(node, target.context_step, splits)
         return model
     decode_rows = ir.Value(name="decode_rows", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["N"]))
     model.graph.inputs.append(decode_rows)
@@ -49,7 +48,7 @@ def _apply(model: ir.Model, target: Target) -> ir.Model:
 
 
 def _put_both(node: ir.Node, decode_rows: ir.Value, step: int, splits: int) -> None:
-    """Leaves the first N of the S rows of q to ``split``, N of 1 = S or 0, and S · (1 − N) to TensorRT's own form."""
+    """Leaves the first N of the S rows of q to splits, N of 1 = S or 0, and S · (1 − N) to TensorRT's own form."""
     new = Rewrite(node)
     (q, k, v, mask), scale = operands(node)
     few = new.op("Shape", decode_rows)
@@ -63,7 +62,7 @@ def _put_both(node: ir.Node, decode_rows: ir.Value, step: int, splits: int) -> N
     own = new.op("Attention", left, k, v, first(many, mask), scale=scale)
     # A product that changes nothing: without, TensorRT turns q by its angles anew for each row of keys (65 µs, not 37).
     taken = new.op("MatMul", first(few, q), new.constant(np.eye(q.shape[3], dtype=q.dtype.numpy())))
-    new.replace(new.op("Concat", own, split(new, node, taken, first(few, mask), step, splits), axis=2))
+    new.replace(new.op("Concat", own, _in_splits(new, node, taken, first(few, mask), step, splits), axis=2))
 
 
 def splits_of(capacity: int) -> int:
@@ -71,7 +70,13 @@ def splits_of(capacity: int) -> int:
     return _SPLITS if capacity <= _SHORT else _MANY_SPLITS
 
 
-def split(new: Rewrite, node: ir.Node, q: ir.Value, mask: ir.Value, step: int, splits: int) -> ir.Value:
+def split(node: ir.Node, step: int, splits: int) -> None:
+    """Rewrites the Attention ``node`` of a step of one row, of contexts that are a multiple of ``step``, in ``splits``."""
+    new = Rewrite(node)
+    new.replace(_in_splits(new, node, node.inputs[0], node.inputs[3], step, splits))
+
+
+def _in_splits(new: Rewrite, node: ir.Node, q: ir.Value, mask: ir.Value, step: int, splits: int) -> ir.Value:
     """Attention(q [B, H, N, D], k, v [B, Hkv, L, D], mask [B, 1, N, L]) → [B, H, N, D] with the keys and values of ``node``,
     N of 0 or 1 and L a multiple of ``step``, as ``splits`` of its rows."""
     dtype, heads, dim = kind_of(node)
