@@ -45,10 +45,10 @@ def plan(request, flavor, tmp_path_factory):
 
 
 def test_a_layer_is_few_kernels(plan):
-    """Four products; scores, weights, values and their product, what puts them together; rotation and cache; two norms in
-    two kernels each, and the gate."""
+    """Four products; scores, weights, values and their product, what puts them together; rotation and cache; two norms, and
+    the gate."""
     kernels = plan_kernels.kernels(plan)
-    assert len(kernels) <= 15 * LAYERS + 5
+    assert len(kernels) <= 13 * LAYERS + 5
 
 
 def test_products_read_vectors_and_compute_nothing_twice(plan):

@@ -10,7 +10,6 @@ from llmtrt.graph.rewrite import Rewrite
 
 _FLOAT = ir.DataType.FLOAT
 _PARTS = 2  # of a block's bytes that are summed before the reduction
-_LEAST_REDUCTION = 8
 
 
 def row(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
@@ -67,7 +66,7 @@ def _row_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int
     scales = _scales(weights, k)
     dtype, count, width = scales[0][0].dtype, len(scales), HALF // _PARTS
     blocks, add = spans(k) // count, partial(new.op, "Add")
-    factors = by_itself(new, _padded(new, x, k), (1, 1 / SCALED), dtype)
+    factors = _factors(new, x, k, (1, 1 / SCALED), dtype)
     factors = new.op("Reshape", factors, new.ints(count, blocks, 2, _PARTS, width))
     halves = [
         new.op(
@@ -91,7 +90,7 @@ def _row_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int
 def _row_of_int8(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:
     """Σ w · x / 128, in fp32 behind the sums of two, as the column's scale comes last; and 128 times that scale."""
     dtype, blocks, width = weights["scale"].dtype, spans(k), SPAN // _PARTS
-    factors = by_itself(new, _padded(new, x, k), (1 / SPAN, 1 / SPAN), dtype)
+    factors = _factors(new, x, k, (1 / SPAN, 1 / SPAN), dtype)
     v = new.op("DequantizeLinear", weights["bytes"], new.scalar(1, dtype))
     p = new.op("Mul", v, new.op("Reshape", factors, new.ints(blocks, SPAN)))
     p = _sum_of_parts(new, new.op("Reshape", p, new.ints(n, blocks, _PARTS, width)), 2)
@@ -100,17 +99,11 @@ def _row_of_int8(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int
     return new.op("Reshape", new.cast(new.op("Mul", sums, scale), dtype), new.ints(1, 1, n))
 
 
-def by_itself(new: Rewrite, x: ir.Value, factors: tuple[float, float], dtype: ir.DataType) -> ir.Value:
-    """x [b, 2, 64] of ``dtype``, each of the two times its factor, in a kernel of its own.
-
-    What computes x would otherwise be computed again for every row of the matrix that it is multiplied with: TensorRT fuses
-    everything into a reduction but another reduction, and a sum of fewer than 8 it writes out (as the kernels show that a
-    plan of TensorRT-RTX 1.6 holds).
-    """
-    copies = _LEAST_REDUCTION // 2
-    mix = np.pad(np.diag(factors), ((0, 0), (0, _LEAST_REDUCTION - 2)))[None, :, :, None]
-    x = new.op("Concat", *[new.op("Unsqueeze", x, new.ints(1))] * copies, axis=2)
-    return new.op("ReduceSum", new.op("Mul", x, new.constant(mix.astype(dtype.numpy()))), new.ints(2), keepdims=0)
+def _factors(new: Rewrite, x: ir.Value, k: int, factors: tuple[float, float], dtype: ir.DataType) -> ir.Value:
+    """x [1, 1, K] as [K' / 128, 2, 64], each of the two times its factor, written out."""
+    pair = new.constant(np.array(factors, dtype.numpy()).reshape(2, 1))
+    y = new.op("Reshape", new.op("Mul", _padded(new, x, k), pair), new.ints(-1))
+    return new.op("Reshape", new.write_out(y, (spans(k) * SPAN,), dtype), new.ints(spans(k), 2, HALF))
 
 
 def _rows_of_int4(new: Rewrite, x: ir.Value, weights: dict[str, ir.Value], k: int, n: int) -> ir.Value:

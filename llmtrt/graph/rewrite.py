@@ -3,6 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
+WRITTEN_OUT = "written_out_"  # names of outputs that nobody reads begin so
+
 
 class Rewrite:
     """Collects the nodes that are to stand for ``node``; they and their values are named after it."""
@@ -28,6 +30,14 @@ class Rewrite:
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         return self.op("Cast", value, to=int(dtype))
+
+    def write_out(self, value: ir.Value, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
+        """``value``, which becomes an output of the graph, so that TensorRT computes it once, in a kernel that ends with it:
+        what it does not have to write out it computes anew for each row of a matrix that it multiplies with."""
+        outputs = self._node.graph.outputs
+        value.name, value.shape, value.type = f"{WRITTEN_OUT}{len(outputs)}", ir.Shape(shape), ir.TensorType(dtype)
+        outputs.append(value)
+        return value
 
     def replace(self, value: ir.Value) -> None:
         """Puts all that was added in the node's place, ``value`` for its one output."""

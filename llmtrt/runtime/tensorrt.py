@@ -113,6 +113,7 @@ class TrtSession:
         self._state: DecodeState | None = None
         self._weights: WeightInputs | None = None
         self._debug: dict[str, tuple[Region, tuple[int, ...]]] = {}
+        self._written_out: dict[str, Region] = {}  # what a plan has for outputs only to compute them once
         self._free_at_start, self._measured, self._streaming_scratch = 0, {}, 0
         try:
             self._free_at_start = self._cuda.free_bytes()
@@ -320,6 +321,9 @@ class TrtSession:
         positions = np.arange(self._capacity, dtype=np.int64)
         self._range = Region(cuda.allocate(positions.nbytes), positions.nbytes)
         cuda.upload(self._range.address, positions)
+        for tensor in self._tensors.get(DECODE, ()):
+            if not tensor.is_input and tensor.alias is None and tensor.name != "logits":
+                self._written_out[tensor.name] = Region(cuda.allocate(tensor.bytes), tensor.bytes)
         cuda.synchronize()
 
     def _decoders(self) -> list[tuple[Tensor, ...]]:
@@ -415,7 +419,8 @@ class TrtSession:
             self._grow_logits(batch * wanted * self.spec.vocab_size)
             self._grow_activations(context.set_shapes(self._shapes(context, *shapes)))
             places = self._kv.places(first) | inputs | {"kv_range": self._range, "logits": self._logits}
-            places |= {"decode_rows": self._range} | (self._weights.places() if self._weights else {})
+            places |= {"decode_rows": self._range} | self._written_out
+            places |= self._weights.places() if self._weights else {}
             context.bind(places | self._debug_places(context), self._activations)
             context.state = (first, *shapes, self._layout)
             self._prepared_count += 1
