@@ -63,7 +63,7 @@ def test_an_engine_knows_what_it_was_built_for(engine, package):
     assert opened.package_path == package.resolve()
     assert opened.manifest["lowerings"] == ["static_capacity", "split_attention", "merged_projections"]
     assert opened.manifest["flags"] == []
-    assert opened.manifest["format_version"] == 5 and opened.debug_tensors == []
+    assert opened.manifest["format_version"] == 6 and opened.debug_tensors == []
     assert opened.manifest["limits"] == {"workspace": None, "tactic_shared_memory": None}
     assert opened.manifest["runtime"] == {"kernel_specialization": "NONE"}
     assert not (opened.stripped or opened.refittable or opened.streams or opened.version_compatible)
@@ -536,6 +536,23 @@ def test_contexts_are_tuned_for_in_whole_steps(tmp_path, asked, tuned):
     assert [each["shapes"]["kv_range"] for each in engine.profiles] == [[[256], [tuned], [768]]] * 2
 
 
+@pytest.mark.parametrize("recipe, weights", [("fp16", "plan"), ("int4", "plan"), ("int4", "both"), ("int4", "inputs")])
+def test_prefill_of_known_sizes_has_kernels_of_its_own(tmp_path, recipe, weights):
+    """Where TensorRT multiplies matrices of fp16; and where one row has a plan, no other decodes one sequence."""
+    checkpoint = families.save("llama-even", tmp_path / "checkpoint", max_position_embeddings=4096)
+    package = quantize(checkpoint, tmp_path / "package", recipe).package
+    engine = build(package.path, tmp_path / "engine", max_seq=1030, chunk=1024, weights=weights).engine
+    names = [profile["name"] for profile in open_engine(engine.path).profiles]
+    sizes = [512, 1024] if recipe == "fp16" or weights == "inputs" else []
+    assert names == ["decode"] * (weights == "plan") + ["prefill"] + [f"prefill, {size} rows" for size in sizes]
+    for size, profile in zip(reversed(sizes), reversed(engine.profiles)):
+        assert profile["shapes"]["input_ids"] == [[1, size]] * 3 and profile["shapes"]["logits_index"] == [[1, 1]] * 3
+        assert profile["shapes"]["kv_range"][0] != profile["shapes"]["kv_range"][2]
+    # Each profile's schedule, the head's but for itself: whether products' kernels are chosen when sizes are known.
+    chosen = [b"runtime_tactic=true" not in main for main in engine.plan.read_bytes().split(b"\nmain {")[1:]]
+    assert sum(chosen) == len(chosen) // len(names) * len(sizes) or not sizes
+
+
 def test_contexts_past_what_tensorrts_attention_of_one_row_takes_are_built(tmp_path):
     """From 24,576 rows of cache less the head dimension on, it has no kernel for a decode profile of one row."""
     checkpoint = families.save("llama-even", tmp_path / "checkpoint", max_position_embeddings=65536)
@@ -563,7 +580,7 @@ def hold_weights(extent: list):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 5"),
+        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 6"),
         (lambda m: m.update(format="llmtrt-package"), "expected format 'llmtrt-engine', found 'llmtrt-package'"),
         (lambda m: m.update(format="other"), "not an engine's manifest"),
         (lambda m: m.update(capacity=-1), "capacity should be a positive integer, but is -1"),
@@ -573,10 +590,12 @@ def hold_weights(extent: list):
         (lambda m: m["runtime"].update(kernel_specialization=[]), "debug_tensors and runtime should hold names"),
         (lambda m: m.update(flags=["REFIT_INDIVIDUAL"]), "'files' should list graph.onnx"),
         (lambda m: m.pop("profiles"), "'profiles' should be a JSON array"),
-        (lambda m: m["profiles"][2]["shapes"].pop("input_ids"), "'profiles' should hold shapes of input_ids"),
+        (lambda m: m["profiles"][2]["shapes"].pop("input_ids"), "'profiles' should hold names and shapes of input_ids"),
+        (lambda m: m["profiles"][2].pop("name"), "'profiles' should hold names and shapes of input_ids"),
+        (lambda m: m["profiles"][0].update(name="other"), "'profiles' should hold one named 'decode'"),
         (
             lambda m: m["profiles"][2]["shapes"].update(input_ids=[[1], [1], [1]]),
-            "'profiles' should hold shapes of input",
+            "'profiles' should hold names and shapes of input",
         ),
         (lambda m: m["files"].pop("engine.plan"), "'files' should list engine.plan"),
         (lambda m: m["files"].pop("greedy.plan"), "'files' should list greedy.plan"),

@@ -1228,6 +1228,43 @@ def test_a_decode_step_says_that_its_row_takes_the_other_form_of_attention(machi
     assert not cuda.live
 
 
+def test_prompts_are_padded_to_sizes_that_have_kernels_of_their_own(machine, monkeypatch, tmp_path):
+    """From three quarters of 8 rows on, unless that would be past the cache; what padding leaves there is never read."""
+    monkeypatch.setattr("llmtrt.engine.options._FEWEST_STEADY", CHUNK)
+    quantize(families.save("mistral", tmp_path / "checkpoint"), tmp_path / "package", "fp32")
+    engine = built_small(tmp_path / "package", tmp_path / "engine")
+    names = [profile["name"] for profile in engine.profiles]
+    free, steady = names.index("prefill"), names.index("prefill, 8 rows")
+    cuda, trt = machine(engine=engine)
+    session = TrtSession(engine)
+    expected = OrtSession(open_package(engine.package_path), threads=1, accuracy_level=1, chunk=CHUNK)
+    rng, params = np.random.default_rng(1), SamplingParams(max_tokens=4, ignore_eos=True)
+    padded = steady, 8
+    for length, parts in (
+        (5, [(free, 5)]),
+        (6, [padded]),
+        (8, [padded]),
+        (12, [padded, (free, 4)]),
+        (15, [padded, padded]),
+    ):
+        prompts, before = [rng.integers(0, 97, length).tolist()], len(trt.runs)
+        assert tokens(session, prompts, [params]) == tokens(expected, prompts, [params])
+        used = [(profile, run["input_ids"][1]) for name, profile, run in trt.runs[before:] if name == PLAN]
+        assert [step for step in used if names[step[0]].startswith("prefill")] == parts
+    two = [rng.integers(0, 97, 8).tolist() for _ in range(2)]
+    assert tokens(session, two, [params] * 2) == tokens(expected, two, [params] * 2)
+    # A step whose rows all have logits, and one that has no room for padding, run as they are.
+    session.reserve(1, 12)
+    session.step(np.zeros((1, 7), np.int64), np.arange(7)[None], np.arange(7)[None])
+    assert trt.runs[-1][1] == free and trt.runs[-1][2]["input_ids"] == (1, 7)
+    session.step(np.zeros((1, 7), np.int64), 13 + np.arange(7)[None], np.array([[6]]))
+    assert trt.runs[-1][1] == free
+    session.step(np.zeros((1, 7), np.int64), 12 + np.arange(7)[None], np.array([[6]]))
+    assert trt.runs[-1][1] == steady
+    session.close()
+    assert not cuda.live
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 def test_debug_tensors_have_the_values_of_the_last_step(shown, machine, monkeypatch, graphs):
     monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", 8)

@@ -168,16 +168,26 @@ def _build_decoders(flavor: Flavor, package: Package, options: BuildOptions, fol
         graph, profile = ir.to_proto(model).SerializeToString(), partial(one_row_profile, options=options)
         (profile,), memory = build_plan(flavor, graph, package.graph, profile, options, folder / DECODE, report)
         one_row = profile, memory, lowerings
-    model, lowerings = _lowered(package, canonical, flavor, options)
+    decodes = one_row is None or options.max_batch > 1
+    model, lowerings = _lowered(package, canonical, flavor, options, prefill=not decodes)
     shown = expose(model, options.debug_tensors)
     initializers, given = weights(model), _set_apart(model)
     graph = ir.to_proto(model).SerializeToString()  # its weights stay in the package's file
     refits = options.refits
+    # An INT4 constant is multiplied by a kernel that reads it as it is, the same for known sizes.
+    unpacked = options.weights == "inputs" or all(tensor.dtype != ir.DataType.INT4 for tensor in initializers.values())
+    make_profiles = partial(
+        decoder_profiles,
+        options=options,
+        decodes=decodes,
+        one_alone=one_row is None and "merged_projections" in lowerings,
+        steady_rows=options.steady_rows if unpacked else (),
+    )
     profiles, memory = build_plan(
         flavor,
         graph,
         package.graph,
-        partial(decoder_profiles, options=options, one_alone=one_row is None and "merged_projections" in lowerings),
+        make_profiles,
         options,
         folder / PLAN,
         report,
@@ -222,7 +232,12 @@ def _build_samplers(flavor: Flavor, package: Package, options: BuildOptions, fol
 
 
 def _lowered(
-    package: Package, model: "ir.Model", flavor: Flavor, options: BuildOptions, one_row: bool = False
+    package: Package,
+    model: "ir.Model",
+    flavor: Flavor,
+    options: BuildOptions,
+    one_row: bool = False,
+    prefill: bool = False,
 ) -> tuple["ir.Model", list[str]]:
     """The graph in the form that ``flavor`` takes; UserError where the linter knows that it would be refused or misread."""
     from llmtrt.graph.lowering import Target, lower
@@ -234,6 +249,7 @@ def _lowered(
         options.capacity,
         weights,
         one_row,
+        prefill,
         CONTEXT_STEP,
         merges=options.max_batch > 1 and not options.refits,
     )

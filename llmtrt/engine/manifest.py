@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrt import files
+from llmtrt.engine.profiles import DECODE_STEPS, PREFILL_STEPS
 from llmtrt.errors import UserError
 from llmtrt.manifest import MANIFEST, Kind, read_manifest
 from llmtrt.package import WEIGHTS as PACKAGE_WEIGHTS
 from llmtrt.package import ModelSpec
 
-ENGINE = Kind("llmtrt-engine", 5, "an engine", "llmtrt build PACKAGE -o ENGINE")
+ENGINE = Kind("llmtrt-engine", 6, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN, DECODE = "engine.plan", "decode.plan"  # of every step; of one row of one sequence alone, where there is one
 WEIGHTS, WEIGHT_ALIGNMENT = "weights.bin", 4096  # what the plans take as inputs; of each one's start
 GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
@@ -129,7 +130,7 @@ class Engine:
 
     @property
     def profiles(self) -> list[dict]:
-        """The optimization profiles, decode first: name, and for each input [min, opt, max] shapes."""
+        """The optimization profiles of PLAN: name, and for each input [min, opt, max] shapes."""
         return self.manifest["profiles"]
 
     @property
@@ -198,7 +199,7 @@ def _check(manifest: dict, where: Path) -> None:
             raise UserError(f"{where}: {name} should be a positive integer, but is {value!r}")
     if not all(map(_is_profile, manifest["profiles"])):
         raise UserError(
-            f"{where}: 'profiles' should hold shapes of input_ids: make the engine anew with `llmtrt build`"
+            f"{where}: 'profiles' should hold names and shapes of input_ids: make the engine anew with `llmtrt build`"
         )
     if manifest["capacity"] < manifest["max_seq"] + manifest["chunk"]:
         raise UserError(
@@ -207,6 +208,11 @@ def _check(manifest: dict, where: Path) -> None:
         )
     if not isinstance(manifest.get("one_row", ""), dict | None):
         raise UserError(f"{where}: 'one_row' should be a JSON object or null: make the engine anew with `llmtrt build`")
+    needed = {PREFILL_STEPS} | (set() if manifest["one_row"] and manifest["max_batch"] == 1 else {DECODE_STEPS})
+    if missing := sorted(needed - {profile["name"] for profile in manifest["profiles"]}):
+        raise UserError(
+            f"{where}: 'profiles' should hold one named {missing[0]!r}: make the engine anew with `llmtrt build`"
+        )
     expected = [PLAN, GREEDY, SAMPLER, *([DECODE] if manifest["one_row"] else [])]
     expected += [WEIGHTS] if manifest["weight_inputs"] else []
     if missing := [name for name in expected if name not in manifest["files"]]:
@@ -242,8 +248,8 @@ def _check(manifest: dict, where: Path) -> None:
 
 
 def _is_profile(value: object) -> bool:
-    """Whether it has three shapes of input_ids."""
-    shapes = value.get("shapes") if isinstance(value, dict) else None
+    """Whether it has a name and three shapes of input_ids."""
+    shapes = value.get("shapes") if isinstance(value, dict) and isinstance(value.get("name"), str) else None
     shapes = shapes.get("input_ids") if isinstance(shapes, dict) else None
     return (
         isinstance(shapes, list)

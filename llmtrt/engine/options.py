@@ -15,6 +15,7 @@ CONTEXT_STEP = 256  # rows of the cache that a step sees are a multiple of it, a
 # shape. NONE is the same kernels always.
 KERNEL_SPECIALIZATION = "NONE"
 _TYPICAL_CONTEXT = 1024
+_FEWEST_STEADY, _HALVED_TO = 256, 512
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,14 @@ class BuildOptions:
     def check_rows(self) -> int:
         """The most rows of a step that checks a draft."""
         return min(CHECK_ROWS, self.chunk)
+
+    @property
+    def steady_rows(self) -> tuple[int, ...]:
+        """The sizes of prefill steps that may have kernels of their own: a chunk and its halves, down to 512 rows."""
+        sizes = [self.chunk] if self.chunk >= _FEWEST_STEADY else []
+        while sizes and sizes[-1] % 2 == 0 and sizes[-1] // 2 >= _HALVED_TO:
+            sizes.append(sizes[-1] // 2)
+        return tuple(sizes)
 
     @property
     def refits(self) -> list[str]:

@@ -8,6 +8,7 @@ from llmtrt.engine.options import CONTEXT_STEP, BuildOptions
 from llmtrt.errors import UserError
 
 Shape = tuple[int, ...]
+DECODE_STEPS, PREFILL_STEPS = "decode", "prefill"  # profiles for all sizes of such steps
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,25 @@ class Profile:
         return asdict(self)
 
 
-def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions, one_alone: bool = False) -> list[Profile]:
-    """Profile 0, decode: S = K = 1; profile 1, prefill: S and K from 1 to a chunk. B and L are free in both, L in steps of
-    what the capacity is a multiple of, and tuned for ``options.opt_batch`` and ``opt_context``. Then decode for just
-    ``opt_batch``, just ``max_batch`` and, with ``one_alone``, just one of several sequences: where B is free, TensorRT-RTX
-    1.6 launches as many threads as a cache has numbers to write one row of each (23 of 240 µs a layer for 16 × 1,536 rows).
-    For one row it merges projections that it merges for no other shapes: beside those of several sequences it keeps their
-    weights twice, unless the graph has them as one.
+def decoder_profiles(
+    inputs: dict[str, Shape],
+    options: BuildOptions,
+    *,
+    decodes: bool = True,
+    one_alone: bool = False,
+    steady_rows: tuple[int, ...] = (),
+) -> list[Profile]:
+    """Decode (unless it ``decodes`` nothing): S = K = 1; prefill: S and K from 1 to a chunk. B and L are free in both, L in
+    steps of what the capacity is a multiple of, and tuned for ``options.opt_batch`` and ``opt_context``. And such as leave
+    L alone free, for sizes that are known:
+
+    Decode for just ``opt_batch``, just ``max_batch`` and, with ``one_alone``, just one of several sequences: where B is
+    free, TensorRT-RTX 1.6 launches as many threads as a cache has numbers to write one row of each (23 of 240 µs a layer for
+    16 × 1,536 rows). For one row it merges projections that it merges for no other shapes: beside those of several
+    sequences it keeps their weights twice, unless the graph has them as one.
+
+    Prefill of one sequence for each of ``steady_rows`` S with K = 1: where S is free, it multiplies matrices with kernels
+    for the tensor cores of 8.0, on whatever GPU (benchmarks/gpu-prefill.json).
 
     ``inputs``: the network's shapes, −1 where a dimension is dynamic. Those without one, which are weights, need none.
     """
@@ -42,8 +55,13 @@ def decoder_profiles(inputs: dict[str, Shape], options: BuildOptions, one_alone:
     def profile(name: str, batch: Shape, *sizes: Shape) -> Profile:
         return Profile(name, {each: _shapes(each, shape, batch, context, *sizes) for each, shape in inputs.items()})
 
-    found = [profile("decode", batch, one, one, one), profile("prefill", batch, rows, wanted, none)]
-    return found + [profile(f"decode, batch {size}", (size,) * 3, one, one, one) for size in sorted(steady)]
+    found = [profile(DECODE_STEPS, batch, one, one, one)] if decodes else []
+    found.append(profile(PREFILL_STEPS, batch, rows, wanted, none))
+    if decodes:
+        found += [profile(f"{DECODE_STEPS}, batch {size}", (size,) * 3, one, one, one) for size in sorted(steady)]
+    return found + [
+        profile(f"{PREFILL_STEPS}, {size} rows", one, (size,) * 3, one, none) for size in sorted(steady_rows)
+    ]
 
 
 def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:

@@ -10,14 +10,16 @@ import onnx_ir as ir
 class Target:
     """What a lowering may look at besides the model: ``flavor`` and ``capabilities`` of llmtrt.engine.flavor.Flavor, the
     ``capacity`` of the KV cache in rows per sequence, where ``weights`` are to be, in the "plan" or its "inputs", whether
-    the graph is for ``one_row`` of one sequence, a decode step, alone, and whether it ``merges`` weights into others, which
-    nobody then finds by name. Capacity and context are multiples of ``context_step`` rows."""
+    the graph is for ``one_row`` of one sequence, a decode step, alone, or for all steps but those (``prefill``), and whether
+    it ``merges`` weights into others, which nobody then finds by name. Capacity and context are multiples of
+    ``context_step`` rows."""
 
     flavor: str
     capabilities: frozenset[str]
     capacity: int
     weights: str = "plan"
     one_row: bool = False
+    prefill: bool = False
     context_step: int = 256
     merges: bool = False
 

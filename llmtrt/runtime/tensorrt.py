@@ -21,12 +21,12 @@ from llmtrt.runtime.decode import DecodeLoop, DecodeState
 from llmtrt.runtime.footprint import Footprint, MemoryUse, predict, room_for_weights, state_bytes
 from llmtrt.runtime.kernel_cache import KernelCache, default_folder
 from llmtrt.runtime.kv_cache import KvCache, aligned
+from llmtrt.runtime.profiles import Profiles
 from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.streaming import WeightBudget
 from llmtrt.runtime.tensors import Tensor, tensors_of
 from llmtrt.runtime.weight_inputs import WeightInputs
 
-_DECODE, _PREFILL = 0, 1  # profiles of the engine; those behind are for decode steps of one batch size each
 _SMALLEST_CONTEXT = CONTEXT_STEP
 _INPUTS = ("input_ids", "positions", "logits_index")
 _CHOSEN = ("tokens", "next_ids", "next_positions")
@@ -91,7 +91,7 @@ class TrtSession:
         self.spec, self.chunk, self.check_rows = engine.spec, engine.chunk, engine.check_rows
         self._path, self._max_batch, self._max_seq = engine.path, engine.max_batch, engine.max_seq
         self._capacity, self._debug_tensors = engine.capacity, engine.debug_tensors
-        self._steady = _steady(engine)
+        self._profiles = Profiles(engine)
         free = free_bytes(gpu)
         self._predicted = predict(engine, 1, budget, free)
         remedy = "build it with fewer bits, --weight-streaming or a smaller --max-seq or --chunk"
@@ -168,7 +168,13 @@ class TrtSession:
             context = self._decoder(batch, self._bucket(last + 1))
             self._state.feed(input_ids, positions)
         else:
-            context = self._prefill(first, batch, rows, wanted, self._bucket(last + 1))
+            room = self._reserved[1] - int(positions.min())
+            profile, padded = self._profiles.padded(batch, rows, wanted, room)
+            if padded > rows:
+                input_ids = np.pad(input_ids, ((0, 0), (0, padded - rows)))
+                positions = positions[:, :1] + np.arange(padded)
+                last = int(positions.max())
+            context = self._prefill(first, batch, padded, wanted, self._bucket(last + 1), profile)
             self._upload(input_ids, positions, logits_index)
         self._logger.clear()
         context.run()
@@ -348,14 +354,8 @@ class TrtSession:
 
     def _decoder(self, batch: int, bucket: int) -> Context:
         """The decode context for ``batch`` slots and a bucket; its inputs are those of the ``DecodeState``."""
-        context = self._context(*self._decode_profile(batch), batch, bucket)
+        context = self._context(*self._profiles.decode(batch), batch, bucket)
         return self._prepared(context, 0, (batch, 1, 1, bucket), self._state.places())
-
-    def _decode_profile(self, batch: int) -> tuple[str, int]:
-        """The plan of a decode step of ``batch`` slots and its profile there."""
-        if batch == 1 and DECODE in self._engines:
-            return DECODE, _DECODE
-        return PLAN, self._steady.get(batch, _DECODE)
 
     def _require_reserved(self, first: int, batch: int, rows: int, last: int) -> None:
         slots, room = self._reserved
@@ -382,13 +382,13 @@ class TrtSession:
     def _contexts_of_check(self, batch: int, rows: int, bucket: int) -> tuple[Context, Context]:
         """A prefill step whose every row's logits are wanted, and the likeliest token of each as if it were a sequence."""
         count, places = batch * rows, self._input_places()
-        model = self._context(PLAN, _PREFILL, batch, rows, bucket)
+        model = self._context(PLAN, self._profiles.prefill, batch, rows, bucket)
         model = self._prepared(model, 0, (batch, rows, rows, bucket), places)
         chooser = self._context(GREEDY, 0, "rows", count)
         return model, self._bound_sampler(chooser, GREEDY, count, places | {"last_rows": places["positions"]})
 
-    def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int) -> Context:
-        context = self._context(PLAN, _PREFILL)
+    def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int, profile: int) -> Context:
+        context = self._context(PLAN, profile)
         return self._prepared(context, first, (batch, rows, wanted, length), self._input_places())
 
     def _sampler(self, batch: int, sampled: bool) -> Context:
@@ -429,7 +429,7 @@ class TrtSession:
     def _shapes(self, context: Context, batch: int, rows: int, wanted: int, length: int) -> Shapes:
         named = {"input_ids": (batch, rows), "positions": (batch, rows), "logits_index": (batch, wanted)}
         if context.takes("decode_rows"):
-            named["decode_rows"] = (int(context.profile != _PREFILL),)
+            named["decode_rows"] = (int(self._profiles.decodes(context.profile)),)
         return named | {"kv_range": (length,)} | self._kv.shapes(batch)
 
     def _bucket(self, length: int) -> int:
@@ -449,13 +449,15 @@ class TrtSession:
         if self._streaming_scratch:
             samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
         decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
-        rows, prefill = min(self.chunk, max_seq), self._context(PLAN, _PREFILL)
+        rows, prefill = min(self.chunk, max_seq), self._context(PLAN, self._profiles.prefill)
+        profile, padded = self._profiles.padded(1, rows, 1, self._capacity)
         contexts = [
-            (self._context(*self._decode_profile(count), count, length), (count, 1, 1, length)) for count in decoding
+            (self._context(*self._profiles.decode(count), count, length), (count, 1, 1, length)) for count in decoding
         ]
         contexts += [
             (prefill, (1, rows, 1, length)),
             (prefill, (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)),
+            (self._context(PLAN, profile), (1, padded, 1, length)),
         ]
         activations = max(
             *(context.needs(self._shapes(context, *shapes)) for context, shapes in contexts),
@@ -556,12 +558,6 @@ class TrtSession:
         self._layout += 1
         if self._loop is not None:
             self._loop.forget()
-
-
-def _steady(engine: Engine) -> dict[int, int]:
-    """The decode profiles for one batch size each, by that."""
-    batches = [[shape[0] for shape in profile["shapes"]["input_ids"]] for profile in engine.profiles]
-    return {least: index for index, (least, _, most) in enumerate(batches) if index != _PREFILL and least == most}
 
 
 def _find_gpu(engine: Engine) -> Gpu:
