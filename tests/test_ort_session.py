@@ -15,6 +15,7 @@ from test_speculation import Eager
 from transformers import AutoModelForCausalLM
 
 from llmtrt import LLM, SamplingParams, files, quantize
+from llmtrt.engine.manifest import ENGINE
 from llmtrt.errors import UserError
 from llmtrt.package import open_package
 from llmtrt.runtime import memory
@@ -302,10 +303,11 @@ def engine(fp32, tmp_path, monkeypatch):
         (folder / name).write_bytes(b"plan")
     digests = {path.name: files.digest_file(path) for path in folder.iterdir()}
     manifest = {
-        "format": "llmtrt-engine", "format_version": 5, "files": digests, "generation": {},
+        "format": "llmtrt-engine", "format_version": ENGINE.version, "files": digests, "generation": {},
         "model": fp32.spec.to_json(),
         "package": {"path": str(fp32.path), "sha256": fp32.digest}, "flavor": {"name": "rtx", "version": "1.6.1"},
-        "compute_capabilities": [], "profiles": [], "lowerings": [], "flags": [],
+        "compute_capabilities": [], "lowerings": [], "flags": [],
+        "profiles": [{"name": name, "shapes": {"input_ids": [[1, 1]] * 3}} for name in ("decode", "prefill")],
         "runtime": {}, "debug_tensors": [],
         "weight_inputs": {}, "one_row": None, "memory": {"weights": None, "activations": None, "largest_weight": 0},
         "max_batch": 2, "max_seq": 128, "chunk": 64, "capacity": 192, "check_rows": 16,

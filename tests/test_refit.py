@@ -63,7 +63,7 @@ def make_engine(folder: Path, package: Package, *flags: str, **package_fields) -
         "flags": list(flags),
         "lowerings": lowerings,
         "runtime": {},
-        "profiles": [],
+        "profiles": [{"name": name, "shapes": {"input_ids": [[1, 1]] * 3}} for name in ("decode", "prefill")],
         "debug_tensors": [],
         "weight_inputs": {},
         "one_row": None,

@@ -67,8 +67,9 @@ def build(
 
     The KV cache of each of ``max_batch`` sequences has ``max_seq + chunk`` rows, rounded up to 256; ``max_seq`` is the
     package's context unless it is given, ``chunk`` the most tokens of one prefill step. ``opt_batch`` and ``opt_context``
-    are the sizes that kernels are chosen for (1 and 1024); steps of just ``opt_batch`` and just ``max_batch`` sequences have
-    kernels of their own. Those of one row that have a plan of their own are for the longest context.
+    are the sizes that kernels are chosen for (1 and 1024). Kernels of their own have: steps of just ``opt_batch`` and just
+    ``max_batch`` sequences; prefill of just a chunk, and of one halved down to 512 rows, where weights are not INT4 in the
+    plan; and steps of one row that have a plan of their own, for the longest context.
     ``compute_capabilities`` ("8.9", …, or "current") narrows the GPUs that it runs on; without, a flavor that builds ahead
     of time makes one plan for all of 8.0 and later, and any other for the GPU at hand.
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrt import files
-from llmtrt.engine.profiles import DECODE_STEPS, PREFILL_STEPS
 from llmtrt.errors import UserError
 from llmtrt.manifest import MANIFEST, Kind, read_manifest
 from llmtrt.package import WEIGHTS as PACKAGE_WEIGHTS
@@ -18,6 +17,7 @@ ENGINE = Kind("llmtrt-engine", 6, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN, DECODE = "engine.plan", "decode.plan"  # of every step; of one row of one sequence alone, where there is one
 WEIGHTS, WEIGHT_ALIGNMENT = "weights.bin", 4096  # what the plans take as inputs; of each one's start
 GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
+DECODE_STEPS, PREFILL_STEPS = "decode", "prefill"  # profiles of PLAN for all sizes of such steps
 REFIT_GRAPH = "graph.onnx"  # of a plan that can be refitted: what it was built from, without weights
 _SIZES = ("max_batch", "max_seq", "chunk", "capacity", "check_rows")
 

@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmtrt.engine.flavor import Flavor
+from llmtrt.engine.manifest import DECODE_STEPS, PREFILL_STEPS
 from llmtrt.engine.options import CONTEXT_STEP, BuildOptions
 from llmtrt.errors import UserError
 
 Shape = tuple[int, ...]
-DECODE_STEPS, PREFILL_STEPS = "decode", "prefill"  # profiles for all sizes of such steps
 
 
 @dataclass(frozen=True)

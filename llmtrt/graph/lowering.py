@@ -30,7 +30,8 @@ class Lowering:
     types and shapes of all values that ONNX shape inference finds.
 
     Network inputs and outputs keep their names, types and meaning, so that one session runs either form, and may be joined
-    by ``decode_rows`` int64 [N], of which the length alone counts: 1 in a decode profile, 0 in one for prefill.
+    by ``decode_rows`` int64 [N], of which the length alone counts: 1 in a decode profile, 0 in one for prefill; and in a
+    graph for one row by outputs that nobody reads (``Rewrite.write_out``).
     """
 
     name: str  # as the engine's manifest names it

@@ -1,7 +1,6 @@
 """Which of an engine's optimization profiles a step takes."""
 
-from llmtrt.engine.manifest import DECODE, PLAN, Engine
-from llmtrt.engine.profiles import DECODE_STEPS, PREFILL_STEPS
+from llmtrt.engine.manifest import DECODE, DECODE_STEPS, PLAN, PREFILL_STEPS, Engine
 
 # Of the rows of a size that has kernels of its own: from here on a step is padded to it. A row's products cost 0.70 µs a
 # layer there and 0.96 where the size is free, at the 8B shape on an H100 (benchmarks/gpu-prefill.json).
