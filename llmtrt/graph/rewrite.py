@@ -33,8 +33,8 @@ class Rewrite:
 
     def write_out(self, value: ir.Value, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
         """``value``, which becomes an output of the graph, so that TensorRT computes it once, in a kernel that ends with it:
-        what it does not have to write out it computes anew for each row of a matrix that it multiplies with. Of one dimension:
-        TensorRT-RTX 1.6 writes others out beside, and computes them anew all the same."""
+        what it does not have to write out it computes anew for each row of a matrix that it multiplies with. It has to
+        have one dimension: TensorRT-RTX 1.6 writes others out beside, and computes them anew all the same."""
         outputs = self._node.graph.outputs
         value.name, value.shape, value.type = f"{WRITTEN_OUT}{len(outputs)}", ir.Shape(shape), ir.TensorType(dtype)
         outputs.append(value)
