@@ -17,6 +17,7 @@ import onnxruntime as ort
 from llmtrt.engine.gpu import Gpu, Gpus
 from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, WEIGHTS
 from llmtrt.graph.sampler import write_sampler
+from llmtrt.runtime.tensors import VALUE_ROWS
 
 GPU = Gpus((Gpu(0, "Fake GPU", "8.9", 1 << 30, driver="580.0"),), "580.0", "13.0")
 KINDS = {"int64": ("INT64", np.int64), "float": ("FLOAT", np.float32), "float16": ("HALF", np.float16)}
@@ -417,6 +418,10 @@ class FakeEngine:
         self.weights = trt.weight_inputs if takes else {}
         if name == DECODE:  # as every plan of one row with packed products; the file's graph has none
             self.outputs[UNREAD] = types.SimpleNamespace(type="tensor(float16)", shape=[96])
+            for each, (_, _, shape) in trt.manifest["one_row"]["profile"]["shapes"].items():
+                if each.startswith(VALUE_ROWS):
+                    kind = self.inputs[each.replace(VALUE_ROWS, "past_value_")].type
+                    self.inputs[each] = types.SimpleNamespace(type=kind, shape=["N", *shape[1:]])
         self.names = [*self.inputs, *self.weights, *self.outputs]
         self.num_io_tensors = len(self.names)
         self.streamable_weights_size = 0
@@ -443,7 +448,7 @@ class FakeEngine:
     def get_tensor_shape(self, name):
         if name in self.weights:
             return (len(self.weights[name]),)
-        if self.decodes and name in self.inputs:
+        if self.decodes and name in self.inputs and not name.startswith(VALUE_ROWS):
             return (-1, *self.trt.manifest["profiles"][0]["shapes"][name][1][1:])
         return tuple(size if isinstance(size, int) else -1 for size in (self.inputs | self.outputs)[name].shape)
 
@@ -514,6 +519,19 @@ class FakeEngine:
             self.trt.compiled.append(self.name)
             kernels.add(self.name)
         return FakeContext(self, config.strategy)
+
+
+def _as_heads(values, wanted):
+    """A cache as the file's graph takes it, of one in which the values of a token lie side by side; others as they are."""
+    if values.ndim == 4 and values.shape[3] != wanted[3]:
+        values = values.reshape(*values.shape[::2], *wanted[1::2]).transpose(0, 2, 1, 3)
+    return values
+
+
+def _as_rows(values):
+    """The reverse."""
+    batch, heads, capacity, dim = values.shape
+    return values.transpose(0, 2, 1, 3).reshape(batch, 1, capacity, heads * dim)
 
 
 class FakeContext:
@@ -602,10 +620,20 @@ class FakeContext:
                 if aliases[name] is None:
                     ctypes.memset(where[name][0], RESERVED, where[name][2])
             runs.append(entry)
-            feeds = {name: array(name) for name in inputs if name != "decode_rows"}
+            feeds = {}
+            for name in inputs:
+                if name.startswith(VALUE_ROWS):
+                    cache = name.replace(VALUE_ROWS, "past_value_")
+                    assert where[name][0] == where[cache][0] and where[cache][1][0] == 1, (
+                        "it is not where a cache begins"
+                    )
+                    assert np.prod(where[name][1][:2]) == len(array("kv_range")), "it is not the rows in sight"
+                elif name != "decode_rows":
+                    feeds[name] = _as_heads(array(name), engine.inputs[name].shape)
             read = [name for name in outputs if name != UNREAD]
             for name, values in zip(read, graph.run(read, feeds)):
-                array(name)[...] = values
+                shape = where[aliases[name]][1] if aliases[name] else values.shape
+                array(name).reshape(shape)[...] = values if values.shape == shape else _as_rows(values)
 
         regions = [memory, *((address, size) for address, _, size in where.values())]
         cuda.calls["enqueue"] += 1

@@ -2,7 +2,6 @@
 
 from contextlib import closing
 
-import numpy as np
 import pytest
 import search_attention
 import search_projection
@@ -34,10 +33,10 @@ def test_products_of_packed_weights(form, k, rows, tmp_path):
 @pytest.mark.parametrize("capacity, length", [(1024, 256), (1024, 768), (8448, 256), (8448, 8192)])
 def test_attention_in_splits(capacity, length, share, tmp_path):
     """As a decode step of that capacity has it, where few splits see anything and where all do."""
-    form = search_attention.Library(search_attention.split_attention.splits_of(capacity))
-    inputs = search_attention.given(capacity, length, 2) | {"positions": np.array([int(share * length)])}
-    plan = search_attention.built(form, capacity, 2)
-    with closing(trial_plan.Running(plan, inputs, tmp_path / "kernels", "NONE")) as running:
+    splits = search_attention.one_row_attention.splits_of(capacity)
+    inputs = search_attention.given(splits, capacity, length, 2, share)
+    plan = search_attention.built(splits, capacity, 2)
+    with closing(search_attention.running(plan, inputs, tmp_path / "kernels")) as running:
         wrong = search_attention.error(running.output("first"), inputs)
     print(f"error {wrong:.1e}")
     assert wrong < 3e-3

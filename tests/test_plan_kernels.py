@@ -45,10 +45,18 @@ def plan(request, flavor, tmp_path_factory):
 
 
 def test_a_layer_is_few_kernels(plan):
-    """Four products; scores, weights, values and their product, what puts them together; rotation and cache; two norms, and
-    the gate."""
+    """Four products; scores, weights, their product with values, and what puts splits together; rotation and cache; two
+    norms, and the gate. And the head, with its norm."""
     kernels = plan_kernels.kernels(plan)
-    assert len(kernels) <= 13 * LAYERS + 5
+    assert len(kernels) == 12 * LAYERS + 2, kernels
+    assert not any("Slic" in kernel.name.split("_")[3:] for kernel in kernels), kernels  # a copy of rows of the cache
+
+
+def test_what_one_block_does_alone_it_reads_by_vectors(plan):
+    """The norms, the first of which looks up the embedding."""
+    norms = [kernel for kernel in plan_kernels.kernels(plan) if "Sqrt" in kernel.name]
+    assert len(norms) == 2 * LAYERS + 1 and "Gath" in norms[0].name
+    assert all(kernel.vector > 1 for kernel in norms), norms
 
 
 def test_products_read_vectors_and_compute_nothing_twice(plan):

@@ -39,8 +39,8 @@ def build(model: ir.Model, dynamic: dict[str, tuple] | None = None) -> bytes:
 class Running:
     """A plan with its inputs on the GPU, its kernels taken from and left in the file ``kernels``.
 
-    ``inputs`` may hold one array for several names; each gets a copy of its own. ``alike``: outputs that are updated in
-    place, by the input they share memory with.
+    ``inputs`` may hold one array for several names; each gets a copy of its own. ``alike``: the input whose memory another
+    input or an output has for its own, by the name of that.
     """
 
     def __init__(
@@ -60,14 +60,15 @@ class Running:
             self._cache.deserialize(kernels.read_bytes())
         config.set_runtime_cache(self._cache)
         context = self._context = engine.create_execution_context(config)
-        self._places = {}
+        self._places, alike = {}, alike or {}
         for name, array in inputs.items():
-            self._places[name] = self.cuda.allocate(array.nbytes)
-            self.cuda.upload(self._places[name], np.ascontiguousarray(array))
+            if name not in alike:
+                self._places[name] = self.cuda.allocate(array.nbytes)
+                self.cuda.upload(self._places[name], np.ascontiguousarray(array))
             if -1 in tuple(engine.get_tensor_shape(name)):
                 context.set_input_shape(name, array.shape)
         for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
-            if alike and name in alike:
+            if name in alike:
                 self._places[name] = self._places[alike[name]]
             elif name not in self._places:
                 size = int(np.prod(tuple(context.get_tensor_shape(name)))) * engine.get_tensor_dtype(name).itemsize

@@ -253,6 +253,7 @@ def _lowered(
         prefill,
         CONTEXT_STEP,
         merges=options.max_batch > 1 and not options.refits,
+        value_rows=options.weights != "plan",
     )
     model, names = lower(model, target)
     _lint(package, model, lowered=True)

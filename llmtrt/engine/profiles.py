@@ -67,8 +67,12 @@ def decoder_profiles(
 def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
     """One profile, of which L alone is free, in steps of what the capacity is a multiple of, and tuned for all of it: that
     takes as many threads as long contexts need, which cost short ones nothing (tools/search_attention.py measured it)."""
-    least, most = (CONTEXT_STEP,), (options.capacity,)
-    shapes = {name: (least, most, most) for name, shape in inputs.items() if -1 in shape}
+    shapes = {}
+    for name, shape in inputs.items():
+        if -1 in shape:
+            sizes = (CONTEXT_STEP, options.capacity) if name == "kv_range" else (1, options.capacity // CONTEXT_STEP)
+            least, most = ((size, *shape[1:]) for size in sizes)
+            shapes[name] = least, most, most
     return [Profile("one row", shapes)]
 
 

@@ -40,14 +40,17 @@ def operands(node: ir.Node) -> tuple[list[ir.Value], float]:
 
 
 def caches(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """Keys and values [B, Hkv, capacity, D] whose first ``length`` [1] rows the Attention ``node`` takes, and that."""
-    slices = [value.producer() for value in node.inputs[1:3]]
+    """Keys [B, Hkv, capacity, D] and values, likewise or as [B, 1, capacity, Hkv · D], whose first ``length`` [1] rows the
+    Attention ``node`` takes, and that."""
+    keys, values = (value.producer() for value in node.inputs[1:3])
+    while values is not None and values.op_type in ("Transpose", "Reshape"):
+        values = values.inputs[0].producer()
     if (
-        any(each is None or each.op_type != "Slice" for each in slices)
-        or slices[0].inputs[2] is not slices[1].inputs[2]
+        any(each is None or each.op_type != "Slice" for each in (keys, values))
+        or keys.inputs[2] is not values.inputs[2]
     ):
         raise refusal(node, " of the first rows of the cache")
-    return slices[0].inputs[0], slices[1].inputs[0], slices[0].inputs[2]
+    return keys.inputs[0], values.inputs[0], keys.inputs[2]
 
 
 def refusal(node: ir.Node, what: str) -> UserError:

@@ -12,7 +12,7 @@ class Target:
     ``capacity`` of the KV cache in rows per sequence, where ``weights`` are to be, in the "plan" or its "inputs", whether
     the graph is for ``one_row`` of one sequence, a decode step, alone, or for all steps but those (``prefill``), and whether
     it ``merges`` weights into others, which nobody then finds by name. Capacity and context are multiples of
-    ``context_step`` rows."""
+    ``context_step`` rows. ``value_rows``: the cache has the values of a token side by side, as steps of one row want it."""
 
     flavor: str
     capabilities: frozenset[str]
@@ -22,6 +22,7 @@ class Target:
     prefill: bool = False
     context_step: int = 256
     merges: bool = False
+    value_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Lowering:
     """``apply`` returns the other model; it may change the one it is given, which is ``lower``'s own copy, with the
     types and shapes of all values that ONNX shape inference finds.
 
-    Network inputs and outputs keep their names, types and meaning, so that one session runs either form, and may be joined
-    by ``decode_rows`` int64 [N], of which the length alone counts: 1 in a decode profile, 0 in one for prefill; and in a
-    graph for one row by outputs that nobody reads (``Rewrite.write_out``).
+    Network inputs and outputs keep their names, types and meaning, so that one session runs either form, but for the
+    layout of cached values (``lowerings.value_rows``). They may be joined by ``decode_rows`` int64 [N], of which the length
+    alone counts: 1 in a decode profile, 0 in one for prefill; and in a graph for one row by ``value_rows_i``, of the memory
+    of past_value_i (``lowerings.one_row_attention``), and outputs that nobody reads (``Rewrite.write_out``).
     """
 
     name: str  # as the engine's manifest names it

@@ -68,11 +68,8 @@ class Context:
         self.shapes: Shapes | None = None
         self._needed = 0
         self._known: dict[tuple, int] = {}  # what ``needs`` was asked for
+        self.inputs = tuple(tensor for tensor in tensors if tensor.is_input)
         self._tensors, self._bound = tensors, {}
-
-    def takes(self, name: str) -> bool:
-        """Whether the plan has an input of this name."""
-        return any(tensor.is_input and tensor.name == name for tensor in self._tensors)
 
     def needs(self, shapes: Shapes) -> int:
         """The bytes of activation memory for the inputs' ``shapes``; sets them where that is not known yet, which takes
@@ -100,7 +97,7 @@ class Context:
 
         Raises RuntimeError if a tensor is larger than its region, and if an output would share memory with an input:
         TensorRT may write an output before later layers have read the input. Only what the plan itself declares to be
-        one buffer, the KV cache, may be.
+        one buffer, the KV cache, may be, and be seen by value_rows_i, which a plan reads behind its own write.
         """
         context, moved = self._context, []
         self.state = None  # where this ends early, it is prepared for nothing
@@ -132,16 +129,16 @@ class Context:
                 )
 
     def _require_apart(self, places: Mapping[str, Region]) -> None:
-        inputs = [tensor.name for tensor in self._tensors if tensor.is_input]
-        starts = np.array([places[name].address for name in inputs])
-        ends = starts + np.array([places[name].size for name in inputs])
+        starts = np.array([places[tensor.name].address for tensor in self.inputs])
+        ends = starts + np.array([places[tensor.name].size for tensor in self.inputs])
         for tensor in self._tensors:
             if tensor.is_input:
                 continue
             region = places[tensor.name]
             for index in np.flatnonzero((starts < region.address + region.size) & (ends > region.address)):
-                if inputs[index] != tensor.alias:
-                    raise RuntimeError(f"the output {tensor.name} would overwrite the input {inputs[index]}")
+                taken = self.inputs[index]
+                if tensor.alias is None or tensor.alias not in (taken.name, taken.alias):
+                    raise RuntimeError(f"the output {tensor.name} would overwrite the input {taken.name}")
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of an output for the inputs' shapes as they are set."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from math import prod
 
 from llmtrt.runtime.cuda import Cuda, Region
-from llmtrt.runtime.tensors import Tensor
+from llmtrt.runtime.tensors import VALUE_ROWS, Tensor
 
 _ALIGNMENT = 256  # of device addresses, for TensorRT
 
@@ -15,8 +15,8 @@ def aligned(size: int) -> int:
 
 
 class KvCache:
-    """Keys and values [slots, Hkv, capacity, D] of every layer, as a plan's inputs past_* and outputs present_*, which are
-    among its ``tensors``, of the same memory."""
+    """Keys and values of every layer, [slots, Hkv, capacity, D] or [slots, 1, capacity, Hkv · D], as a plan's inputs past_*
+    and outputs present_*, which are among its ``tensors``, of the same memory."""
 
     def __init__(self, tensors: tuple[Tensor, ...], cuda: Cuda):
         self._cuda = cuda
@@ -65,10 +65,11 @@ class KvCache:
         self._used = (0, 0)
 
     def places(self, first: int = 0) -> dict[str, Region]:
-        """Where each input and output lies, of the slots from ``first`` on."""
+        """Where each input and output lies, of the slots from ``first`` on, and what an input is the beginning of."""
         found = {}
         for address, (past, _, size) in self._lying():
-            found[past] = found[_present(past)] = Region(address + first * size, (self.slots - first) * size)
+            place = Region(address + first * size, (self.slots - first) * size)
+            found[past] = found[_present(past)] = found[past.replace("past_value_", VALUE_ROWS, 1)] = place
         return found
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:

@@ -24,7 +24,7 @@ from llmtrt.runtime.kv_cache import KvCache, aligned
 from llmtrt.runtime.profiles import Profiles
 from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.streaming import WeightBudget
-from llmtrt.runtime.tensors import Tensor, tensors_of
+from llmtrt.runtime.tensors import VALUE_ROWS, Tensor, tensors_of
 from llmtrt.runtime.weight_inputs import WeightInputs
 
 _SMALLEST_CONTEXT = CONTEXT_STEP
@@ -428,8 +428,11 @@ class TrtSession:
 
     def _shapes(self, context: Context, batch: int, rows: int, wanted: int, length: int) -> Shapes:
         named = {"input_ids": (batch, rows), "positions": (batch, rows), "logits_index": (batch, wanted)}
-        if context.takes("decode_rows"):
-            named["decode_rows"] = (int(self._profiles.decodes(context.profile)),)
+        for each in context.inputs:
+            if each.name == "decode_rows":
+                named[each.name] = (int(self._profiles.decodes(context.profile)),)
+            elif each.name.startswith(VALUE_ROWS):
+                named[each.name] = (length // each.shape[1], *each.shape[1:])
         return named | {"kv_range": (length,)} | self._kv.shapes(batch)
 
     def _bucket(self, length: int) -> int:

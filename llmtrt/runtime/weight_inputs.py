@@ -6,10 +6,10 @@ from llmtrt.engine.manifest import WEIGHTS, Engine
 from llmtrt.errors import UserError
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.kv_cache import aligned
-from llmtrt.runtime.tensors import Tensor
+from llmtrt.runtime.tensors import VALUE_ROWS, Tensor
 
-# And past_*: inputs that a step has of its own.
-_STEP = ("input_ids", "positions", "logits_index", "kv_range", "decode_rows")
+# Inputs that a step has of its own.
+_STEP = ("input_ids", "positions", "logits_index", "kv_range", "decode_rows", "past_", VALUE_ROWS)
 
 
 class WeightInputs:
@@ -21,7 +21,7 @@ class WeightInputs:
         for plan in plans:
             for tensor in plan:
                 name = tensor.name
-                if not tensor.is_input or name in _STEP or name.startswith("past_"):
+                if not tensor.is_input or name.startswith(_STEP):
                     continue
                 if extents.get(name, (0, 0))[1] != tensor.bytes:
                     raise UserError(
