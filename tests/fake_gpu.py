@@ -24,6 +24,7 @@ KINDS = {"int64": ("INT64", np.int64), "float": ("FLOAT", np.float32), "float16"
 KINDS = {f"tensor({name})": kind for name, kind in (KINDS | {"bool": ("BOOL", np.bool_)}).items()}
 RESERVED = 0xAA  # what memory holds that means nothing
 UNREAD = "written_out_5"
+WINDOW = "MAX_ACCESS_POLICY_WINDOW_SIZE"
 
 
 @dataclass
@@ -38,6 +39,16 @@ class Work:
 @dataclass
 class Graph:
     work: list[Work] = field(default_factory=list)
+
+
+def fake_driver(l2: int) -> types.ModuleType:
+    """cuda.bindings.driver, which says how large the cache L2 is."""
+    driver = types.ModuleType("cuda.bindings.driver")
+    names = {f"CU_DEVICE_ATTRIBUTE_{name}": name for name in ("L2_CACHE_SIZE", WINDOW)}
+    driver.CUdevice_attribute = types.SimpleNamespace(**names)
+    driver.cuCtxGetDevice = lambda: (0, 0)
+    driver.cuDeviceGetAttribute = lambda name, device: (0, 128 << 20 if name == WINDOW else l2)
+    return driver
 
 
 class FakeCuda(types.ModuleType):

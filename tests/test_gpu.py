@@ -11,6 +11,7 @@ from llmtrt.engine.manifest import open_engine
 from llmtrt.errors import UserError
 from llmtrt.package import open_package
 from llmtrt.quantization.recipe import Recipe
+from llmtrt.runtime import decode, read_once
 from llmtrt.runtime.cuda import Cuda
 from llmtrt.runtime.llm import LLM
 from llmtrt.runtime.load import Loaded
@@ -228,6 +229,24 @@ def test_weights_as_inputs_give_the_same(made, tmp_path, name, weights):
     finally:
         session.close()
         reference.close()
+
+
+def test_what_a_step_reads_once_is_told_to_the_cache_and_gives_the_same(made, tmp_path, monkeypatch):
+    """Of weights of any size: a kernel for each product and each cache."""
+    package, _ = made(EVEN)
+    max_seq = min(512, package.spec.max_seq)
+    engine = build(package.path, tmp_path / "engine", max_seq=max_seq, chunk=64, weights="inputs").engine
+    prompt, marked, answers = tokens(package, 40).tolist(), [], []
+    monkeypatch.setattr(decode, "mark", lambda *what: marked.append(read_once.mark(*what)))
+    for smallest in (1e9, 0):
+        monkeypatch.setattr(read_once, "_OF_L2", smallest)
+        with on(TrtSession(engine), engine) as llm:
+            answers.append(
+                llm.generate(prompt, SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)).token_ids
+            )
+    print(f"kernels marked: {marked}")
+    assert marked[0] == 0 and marked[-1] >= 6 * package.spec.layers + 1
+    assert answers[0] == answers[1]
 
 
 def on(session, engine, **options) -> LLM:

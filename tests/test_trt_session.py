@@ -71,7 +71,7 @@ def machine(engine, monkeypatch):
         monkeypatch.setattr(runtime, "find_gpus", lambda: gpus)
         monkeypatch.setattr(runtime, "free_bytes", lambda gpu: free)
         bindings = type(sys)("cuda.bindings")
-        bindings.runtime = cuda
+        bindings.runtime, bindings.driver = cuda, fake_gpu.fake_driver(1 << 40)
         for name, module in (
             ("tensorrt_rtx", trt),
             ("cuda", type(sys)("cuda")),

@@ -96,8 +96,9 @@ class Cuda:
         kind = self._rt.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpy2DAsync", to, pitch, source, pitch, width, height, kind, self._stream)
 
-    def capture(self, work: Callable[[], None]) -> Any:
-        """What ``work`` puts on the stream as a graph for ``launch``; nothing of it runs now."""
+    def capture(self, work: Callable[[], None], edit: Callable[[int], Any] = lambda graph: None) -> Any:
+        """What ``work`` puts on the stream as a graph for ``launch``; nothing of it runs now. ``edit`` may change the
+        attributes of the graph's nodes before."""
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         try:
@@ -107,6 +108,7 @@ class Cuda:
             raise
         graph = self._call("cudaStreamEndCapture", self._stream)
         try:
+            edit(int(graph))
             self._graphs.append(self._call("cudaGraphInstantiate", graph, 0))
         finally:
             self._rt.cudaGraphDestroy(graph)

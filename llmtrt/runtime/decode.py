@@ -1,7 +1,7 @@
 """Decoding on the device: decoder and sampler back to back in one CUDA graph, so that a token costs one launch."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from llmtrt.runtime.context import Context
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.kv_cache import aligned
+from llmtrt.runtime.read_once import mark
 from llmtrt.runtime.session import Decoding
 
 # int64 [slots] each. The sampler's outputs lie apart from its and the decoder's inputs, in the inputs' order, so that one
@@ -98,7 +99,8 @@ class DecodeLoop:
     of sampler when it is first needed, and kept until ``forget``.
 
     ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket)`` give the two contexts of a step, model and
-    sampler, ready to run. ``captures``: without, each step is put on the stream anew.
+    sampler, ready to run. ``captures``: without, each step is put on the stream anew. ``read_once()``: the weights and
+    the caches, which a step reads once.
 
     Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
     past a stop is discarded.
@@ -110,8 +112,10 @@ class DecodeLoop:
         decoder: Callable[[int, int, bool], Contexts],
         checker: Callable[[int, int, int], Contexts],
         captures: bool,
+        read_once: Callable[[], tuple[Sequence[Region], Sequence[Region]]],
     ):
         self._cuda, self._decoder, self._checker, self._captures = cuda, decoder, checker, captures
+        self._read_once = read_once
         self._graphs: dict[tuple, object] = {}
         self._events = [cuda.event() for _ in range(2)]
         self._turn = self.captured = 0
@@ -172,6 +176,6 @@ class DecodeLoop:
             step()
             return
         work()  # TensorRT sets up what depends on shapes in a first run; without what is after it, that changes nothing
-        self._graphs[key] = self._cuda.capture(step)
+        self._graphs[key] = self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
         self.captured += 1
         self._cuda.launch(self._graphs[key])

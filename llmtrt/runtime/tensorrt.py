@@ -118,7 +118,8 @@ class TrtSession:
         try:
             self._free_at_start = self._cuda.free_bytes()
             self._load(engine, package, budget, gpu, kernel_folder, trust_host_code, verify)
-            self._loop = DecodeLoop(self._cuda, self._contexts_of_step, self._contexts_of_check, cuda_graphs)
+            steps = self._contexts_of_step, self._contexts_of_check
+            self._loop = DecodeLoop(self._cuda, *steps, cuda_graphs, self._read_once)
         except BaseException:
             self.close()
             raise
@@ -356,6 +357,11 @@ class TrtSession:
         """The decode context for ``batch`` slots and a bucket; its inputs are those of the ``DecodeState``."""
         context = self._context(*self._profiles.decode(batch), batch, bucket)
         return self._prepared(context, 0, (batch, 1, 1, bucket), self._state.places())
+
+    def _read_once(self) -> tuple[list[Region], list[Region]]:
+        """Weights and caches, as a step reads them, where they lie now."""
+        weights = self._weights.places() if self._weights else {}
+        return list(weights.values()), list(self._kv.places().values())
 
     def _require_reserved(self, first: int, batch: int, rows: int, last: int) -> None:
         slots, room = self._reserved
