@@ -426,7 +426,9 @@ def profile(llm: LLM, ids: list) -> dict:
     marks = [end for _, end, name in kernels if "DtoH" in name][-count + 1 :]
     inside = [one for one in kernels if marks[0] < one[0] and one[1] <= marks[-1]]
     steps, span = len(marks) - 1, marks[-1] - marks[0]
-    busy = sum(end - start for start, end, _ in inside)
+    busy, until = 0.0, 0.0  # kernels may run beside each other
+    for start, end, _ in inside:
+        busy, until = busy + max(0, end - max(start, until)), max(until, end)
     # a product rounds bytes down, or is TensorRT's own
     projections = sum(end - start for start, end, name in inside if "Floo" in name or "equant" in name)
     return {
