@@ -102,3 +102,24 @@ def test_a_driver_that_does_not_tell_parameters_changes_nothing(driver):
     product = Kernel(pointer(HEAD), known=False)
     driver(product)
     assert mark(1, [HEAD], []) == 0 and product.window is None
+
+
+def test_a_driver_older_than_the_question_changes_nothing(driver):
+    def missing(*_):
+        raise RuntimeError("Function cuFuncGetParamInfo not found")  # as cuda-bindings has it before CUDA 12.4
+
+    product = Kernel(pointer(HEAD))
+    driver(product)
+    sys.modules["cuda.bindings"].driver.cuFuncGetParamInfo = missing
+    assert mark(1, [HEAD], []) == 0 and product.window is None
+
+
+def test_memory_beside_what_is_read_once_is_left_alone(driver):
+    before, behind = Kernel(ctypes.c_uint64(GATE.address - 1)), Kernel(ctypes.c_uint64(GATE.address + GATE.size))
+    within, last = Kernel(pointer(HEAD, HEAD.size - 8)), Kernel(ctypes.c_uint64(CACHE.address + CACHE.size))
+    driver(before, behind, within, last)
+    assert mark(1, [HEAD, GATE, GATE], [CACHE, CACHE]) == 1
+    assert before.window is behind.window is last.window is None and within.window[:2] == (
+        HEAD.address + HEAD.size - 8,
+        8,
+    )

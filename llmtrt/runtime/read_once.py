@@ -7,6 +7,7 @@ control). It is a hint, which changes no result.
 """
 
 import ctypes
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -27,9 +28,10 @@ def mark(graph: int, weights: Sequence[Region], caches: Sequence[Region]) -> int
     most = _attribute(driver, "MAX_ACCESS_POLICY_WINDOW_SIZE")
     if not most or sum(region.size for region in weights) <= _OF_L2 * _attribute(driver, "L2_CACHE_SIZE"):
         return 0
-    regions, count = [*weights, *caches], 0
+    regions, count = sorted({*weights, *caches}), 0
+    starts = [region.address for region in regions]
     for node in _kernels(driver, graph):
-        size, address = max((_left(regions, word), word) for word in (0, *_parameters(driver, node)))
+        size, address = max((_left(starts, regions, word), word) for word in (0, *_parameters(driver, node)))
         if size:
             count += _stream(driver, node, address, min(size, most))
     return count
@@ -66,10 +68,10 @@ def _parameters(driver: ModuleType, node: Any) -> Iterator[int]:
         index += 1
 
 
-def _left(regions: Sequence[Region], address: int) -> int:
-    """Bytes from ``address`` to the end of the region that it is in."""
-    ends = (each.address + each.size - address for each in regions if each.address <= address)
-    return max((left for left in ends if left > 0), default=0)
+def _left(starts: Sequence[int], regions: Sequence[Region], address: int) -> int:
+    """Bytes from ``address`` to the end of the last of ``regions``, in the order of their ``starts``, that begins before."""
+    index = bisect(starts, address) - 1
+    return 0 if index < 0 else max(0, regions[index].address + regions[index].size - address)
 
 
 def _stream(driver: ModuleType, node: Any, address: int, size: int) -> bool:
@@ -82,8 +84,11 @@ def _stream(driver: ModuleType, node: Any, address: int, size: int) -> bool:
 
 
 def _call(function: Any, *arguments: Any) -> Any:
-    """What a driver's function returns, and None where it fails: nothing here has to work."""
-    status, *results = function(*arguments)
+    """What a driver's function returns, and None where it fails or the driver has none: nothing here has to work."""
+    try:
+        status, *results = function(*arguments)
+    except RuntimeError:  # cuda-bindings, of a function that came with a later driver
+        return None
     if int(status):
         return None
     return results[0] if len(results) == 1 else tuple(results)
