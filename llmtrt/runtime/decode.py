@@ -164,21 +164,24 @@ class DecodeLoop:
         contexts()
         both = contexts()  # to make the second ready may move the activations that the first was told of
 
-        def work() -> None:
+        def step() -> None:
             for context in both:
                 context.run()
-
-        def step() -> None:
-            work()
             after()
 
         if not self._captures:
             step()
             return
-        # TensorRT sets up what depends on shapes in a first run; without what is after it, that changes nothing. It does
-        # without one for the sampler, whose kernels had better not run outside of a graph: once they have, each kernel of
-        # every graph of the process begins 0.35 µs later, 5 % of a token at the 8B shape (H100, driver 580).
-        both[0].run()
-        self._graphs[key] = self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
+        # Without a run before it: once decoder or sampler have run outside of a graph, each kernel of every graph of the
+        # process begins 0.35 µs later, 5 % of a token (H100 and H200, driver 580; prefill does not do that).
+        try:
+            self._graphs[key] = self._capture(step)
+        except RuntimeError:  # what TensorRT sets up in a first run, it could not set up in this one
+            for context in both:
+                context.run()
+            self._graphs[key] = self._capture(step)
         self.captured += 1
         self._cuda.launch(self._graphs[key])
+
+    def _capture(self, step: Callable[[], None]) -> object:
+        return self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
