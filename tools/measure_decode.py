@@ -6,7 +6,8 @@ With ONLY="plan;inputs, short" in the environment, of the engines named there al
 
 build     random INT4 weights, the head's too: engines with them in the plan or as inputs, for short and long contexts
 speed     prompt 512, 128 new tokens: tokens/s, TTFT of 512 and 2,048 tokens, a token's time split by kernels; memory
-context   steps behind 512 and behind 8,192 tokens, in caches of 1,024 to 34,816 rows; prefill of 2,048 and 8,192 tokens
+context   steps behind 512 and behind 8,192 tokens, in caches of 1,024 to 34,816 rows; prefill of 2,048 and 8,192 tokens;
+          in a call of its own: the profiler of speed may slow the steps that follow it
 peer      transformers, fp16, static cache, compiled: the same prompt and tokens
 """
 

@@ -65,7 +65,7 @@ def decoder_profiles(
 
 
 def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Profile]:
-    """One profile, of which L alone is free, in steps of what the capacity is a multiple of, and tuned for all of it: that
+    """One profile, of which L and with it N (``value_rows_i``) are free, tuned for the whole capacity: that
     takes as many threads as long contexts need, which cost short ones nothing (tools/search_attention.py measured it)."""
     shapes = {}
     for name, shape in inputs.items():

@@ -98,7 +98,7 @@ class Cuda:
 
     def capture(self, work: Callable[[], None], edit: Callable[[int], Any] = lambda graph: None) -> Any:
         """What ``work`` puts on the stream as a graph for ``launch``; nothing of it runs now. ``edit`` may change the
-        attributes of the graph's nodes before."""
+        attributes of the graph's nodes before it is instantiated."""
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         try:

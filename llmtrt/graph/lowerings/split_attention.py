@@ -2,7 +2,7 @@
 
 The rows of the cache in sight are a few splits with a softmax of their own, put together by their log-sum-exp
 (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). TensorRT's own attention runs one block of threads
-for each head, and copies keys and values first (tools/search_attention.py measured both).
+for each head, and copies keys and values first (benchmarks/gpu-attention-third.json).
 
 The graph has both, and an input ``decode_rows``, whose length is the number of a step's rows that take this one: 1 in a
 decode step, and then TensorRT's own has none, or 0. As a profile fixes it, a TensorRT that drops what has no rows compiles
