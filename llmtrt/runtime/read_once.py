@@ -9,6 +9,7 @@ control). It is a hint, which changes no result.
 import ctypes
 from bisect import bisect
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -29,9 +30,8 @@ def mark(graph: int, weights: Sequence[Region], caches: Sequence[Region]) -> int
     if not most or sum(region.size for region in weights) <= _OF_L2 * _attribute(driver, "L2_CACHE_SIZE"):
         return 0
     regions, count = sorted({*weights, *caches}), 0
-    starts = [region.address for region in regions]
     for node in _kernels(driver, graph):
-        size, address = max((_left(starts, regions, word), word) for word in (0, *_parameters(driver, node)))
+        size, address = max((_left(regions, word), word) for word in (0, *_parameters(driver, node)))
         if size:
             count += _stream(driver, node, address, min(size, most))
     return count
@@ -68,9 +68,9 @@ def _parameters(driver: ModuleType, node: Any) -> Iterator[int]:
         index += 1
 
 
-def _left(starts: Sequence[int], regions: Sequence[Region], address: int) -> int:
-    """Bytes from ``address`` to the end of the last of ``regions``, in the order of their ``starts``, that begins before."""
-    index = bisect(starts, address) - 1
+def _left(regions: Sequence[Region], address: int) -> int:
+    """Bytes from ``address`` to the end of the last of ``regions``, in their order, that begins before."""
+    index = bisect(regions, address, key=attrgetter("address")) - 1
     return 0 if index < 0 else max(0, regions[index].address + regions[index].size - address)
 
 
