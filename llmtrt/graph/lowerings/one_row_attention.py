@@ -18,7 +18,7 @@ from llmtrt.graph.split_softmax import FLOAT, put_together, scores, split_softma
 VALUE_ROWS = "value_rows_"
 # More splits are more blocks of threads for the product behind many rows, and more to sum behind few: of 16, a layer takes
 # 0.8 µs more than of 8 behind 512 rows on an H100, and 3.5 less behind 8,192.
-_FEW, _MANY, _SHORT = 8, 16, 4096
+_FEW, _MANY, _SHORT = 8, 16, 16384
 
 
 def splits_of(capacity: int) -> int:
