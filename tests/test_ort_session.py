@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtrt import LLM, SamplingParams, files, quantize
 from llmtrt.engine.manifest import ENGINE
-from llmtrt.errors import UserError
+from llmtrt.errors import CannotRunHere, UserError
 from llmtrt.package import open_package
 from llmtrt.runtime import memory
 from llmtrt.runtime.onnxruntime import OrtSession
@@ -292,7 +292,7 @@ def engine(fp32, tmp_path, monkeypatch):
 
     class TrtSession:
         def __init__(self, engine, verify, **options):
-            raise UserError("there is no GPU")
+            raise CannotRunHere("there is no GPU") if engine.max_batch == 2 else UserError("the plan is damaged")
 
     monkeypatch.setitem(sys.modules, "llmtrt.runtime.tensorrt", types.SimpleNamespace(TrtSession=TrtSession))
     folder = tmp_path / "engine"
@@ -314,6 +314,16 @@ def engine(fp32, tmp_path, monkeypatch):
     }  # fmt: skip
     files.write_json(folder / "manifest.json", manifest)
     return folder
+
+
+def test_an_engine_that_is_wrong_is_not_replaced(engine):
+    """ONNX Runtime stands in for a machine, not for a plan that is damaged or a flag that is wrong."""
+    manifest = files.read_json(engine / "manifest.json")
+    files.write_json(engine / "manifest.json", manifest | {"max_batch": 1})
+    with pytest.raises(UserError, match="^the plan is damaged$"):
+        LLM(engine)
+    with LLM(engine, runtime="onnxruntime") as llm:
+        assert llm.notice is None
 
 
 def test_an_engine_without_a_gpu_runs_its_package(engine, fp32):

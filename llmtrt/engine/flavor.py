@@ -24,7 +24,7 @@ from llmtrt.engine.installed import (
     mixed_with,
     runs,
 )
-from llmtrt.errors import UserError
+from llmtrt.errors import CannotRunHere, UserError
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def choose_for(engine_flavor: str, version: str, version_compatible: bool, engin
     """The first TensorRT here that runs what ``version`` of the flavor ``engine_flavor`` built; ``engine`` names it in
     messages.
 
-    Raises UserError with the reason and the command that installs the right one.
+    Raises CannotRunHere with the reason and the command that installs the right one.
     """
     built = f"{engine} was built with TensorRT {engine_flavor} {version}"
     if engine_flavor not in NAMES:
@@ -197,7 +197,7 @@ def choose_for(engine_flavor: str, version: str, version_compatible: bool, engin
             return found
         reasons[name] = found.reason
     told = reasons.pop(engine_flavor) + "".join(f"; {name}: {reason}" for name, reason in reasons.items())
-    raise UserError(f"{built} and {told}: {advice(engine_flavor, f'=={version}')}, or build the engine anew")
+    raise CannotRunHere(f"{built} and {told}: {advice(engine_flavor, f'=={version}')}, or build the engine anew")
 
 
 def _parse(text: str) -> tuple[str, str]:

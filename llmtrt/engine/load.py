@@ -8,7 +8,7 @@ from typing import Any
 
 from llmtrt.engine.flavor import Flavor
 from llmtrt.engine.manifest import Engine
-from llmtrt.errors import UserError
+from llmtrt.errors import CannotRunHere, UserError
 
 _PIECE = 64 << 20  # bytes
 _OUT_OF_MEMORY = "out of memory"  # in CUDA's own words, as TensorRT logs them
@@ -21,14 +21,15 @@ _WHY = {
     "MALFORMED_ENGINE": "the plan is damaged",
     "CUDA_ERROR": "CUDA reports an error",
 }
+_OF_THE_MACHINE = {"VERSION_MISMATCH", "UNSUPPORTED_CC", "OLD_CUDA_DRIVER", "OLD_CUDA_RUNTIME"}
 
 
 def make_runtime(flavor: Flavor, logger: Any, engine: Engine, trust_host_code: bool = False) -> Any:
     """An IRuntime for ``engine``; ``trust_host_code`` lets it load a version-compatible plan, which carries code that runs
     on the host.
 
-    Raises UserError for such an engine without that, and if TensorRT does not start, which is how a driver that is missing
-    or too old shows.
+    Raises UserError for such an engine without that, and CannotRunHere if TensorRT does not start, which is how a driver
+    that is missing or too old shows.
     """
     if engine.version_compatible and not trust_host_code:
         raise UserError(
@@ -41,7 +42,7 @@ def make_runtime(flavor: Flavor, logger: Any, engine: Engine, trust_host_code: b
     except TypeError as error:  # how most bindings report that there is none
         reason = logger.reason() or str(error)
     if reason:  # lean and dispatch hand out a null pointer that crashes when it is used
-        raise UserError(
+        raise CannotRunHere(
             f"TensorRT {flavor.name} {flavor.version} does not start ({reason}): `llmtrt doctor` shows driver and CUDA "
             "versions"
         )
@@ -54,20 +55,22 @@ def deserialize(flavor: Flavor, runtime: Any, plan: Path, logger: Any, streams: 
     """The ICudaEngine of the file ``plan``; ``streams``: it was built for weight streaming, so its weights stay in host
     memory, and the file is read in pieces lest they be there twice.
 
-    Raises UserError for a plan that is empty, damaged, or made for another version, GPU or driver.
+    Raises CannotRunHere for a plan that was made for another version, GPU or driver, UserError for one that is empty or
+    damaged or has no room.
     """
     logger.clear()
     if not plan.stat().st_size:
-        engine, why = None, _WHY["MALFORMED_ENGINE"]
+        engine, said, why = None, [], _WHY["MALFORMED_ENGINE"]
     else:
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             engine = runtime.deserialize_cuda_engine(_make_reader(flavor, file) if streams else content)
-            why = _why_not(flavor, runtime, content, logger) if engine is None else ""
+            said, why = _why_not(flavor, runtime, content, logger) if engine is None else ([], "")
     if engine is None:
         remedy = "build the engine anew with `llmtrt build` for this machine"
         if _OUT_OF_MEMORY in why:
             remedy = "close other programs on the GPU, or build it with fewer bits or --weight-streaming"
-        raise UserError(f"TensorRT {flavor.name} {flavor.version} does not load {plan} ({why}): {remedy}")
+        kind = CannotRunHere if said and _OF_THE_MACHINE.issuperset(said) else UserError
+        raise kind(f"TensorRT {flavor.name} {flavor.version} does not load {plan} ({why}): {remedy}")
     return engine
 
 
@@ -88,18 +91,20 @@ def _make_reader(flavor: Flavor, file: io.BufferedReader) -> Any:
     return Reader()
 
 
-def _why_not(flavor: Flavor, runtime: Any, content: mmap.mmap, logger: Any) -> str:
-    """Why a plan did not load, in words; asked only then, for an engine may run where it is called unfit.
+def _why_not(flavor: Flavor, runtime: Any, content: mmap.mmap, logger: Any) -> tuple[list[str], str]:
+    """Why a plan did not load, in TensorRT's names and in words; asked only then, for an engine may run where it is called
+    unfit.
 
     On a GPU that TensorRT-RTX does not list, every plan is called unfit for its compute capability, so that counts only
     where nothing else was said.
     """
     logged, said = logger.reason(), []
     if _OUT_OF_MEMORY in logged:
-        return logged
+        return [], logged
     if flavor.can("engine_validity"):
         _, bits = runtime.get_engine_validity(content)
         members = flavor.module.EngineInvalidityDiagnostics.__members__
         said = [name for name, member in members.items() if int(bits) & int(member)]
-    reasons = [_WHY.get(name, name) for name in said if name != "UNSUPPORTED_CC" or not logged]
-    return "; ".join(filter(None, (" and ".join(reasons), logged))) or "it gave no reason"
+    said = [name for name in said if name != "UNSUPPORTED_CC" or not logged]
+    reasons = " and ".join(_WHY.get(name, name) for name in said)
+    return said, "; ".join(filter(None, (reasons, logged))) or "it gave no reason"

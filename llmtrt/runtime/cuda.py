@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmtrt.errors import UserError
+from llmtrt.errors import CannotRunHere, UserError
 
 INSTALL = "pip install 'cuda-bindings==12.*'"  # 12 works with every driver that runs our engines; 13 needs driver 580
 
@@ -22,8 +22,8 @@ class Region(NamedTuple):
 class Cuda:
     """One device's memory and one stream of work on it. ``close`` frees all that was made through it.
 
-    Raises UserError if cuda-bindings is missing, if the device does not start, and if its memory does not suffice; any
-    other CUDA error is a RuntimeError.
+    Raises CannotRunHere if cuda-bindings is missing and if the device does not start, UserError if its memory does not
+    suffice; any other CUDA error is a RuntimeError.
     """
 
     def __init__(self, device: int = 0):
@@ -185,7 +185,7 @@ class Cuda:
                 errors.cudaErrorDevicesUnavailable,
                 errors.cudaErrorInitializationError,
             ):
-                raise UserError(f"the GPU cannot be used ({text}): `llmtrt doctor` shows driver and CUDA versions")
+                raise CannotRunHere(f"the GPU cannot be used ({text}): `llmtrt doctor` shows driver and CUDA versions")
             raise RuntimeError(f"{name} failed: {text}")
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -194,7 +194,7 @@ def _import() -> ModuleType:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise UserError(
+        raise CannotRunHere(
             f"an engine needs cuda-bindings, which cannot be imported ({error}): install it with `{INSTALL}`"
         ) from None
     return runtime

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llmtrt.package as packages
-from llmtrt.errors import UserError
+from llmtrt.errors import CannotRunHere, UserError
 from llmtrt.runtime.session import Session
 
 RUNTIMES = ("auto", "onnxruntime", "tensorrt")
@@ -28,8 +28,9 @@ def load(path: Path, runtime: str, verify: bool, engine_options: dict, package_o
     """Loads the package or engine in ``path`` on ``runtime``, one of ``RUNTIMES``; ``engine_options`` are ``TrtSession``'s
     (``package`` a path), ``package_options`` ``OrtSession``'s.
 
-    ``auto`` takes TensorRT for an engine, and ONNX Runtime for a package or where an engine cannot run but its package
-    is found. Raises UserError if that cannot be.
+    ``auto`` takes TensorRT for an engine, and ONNX Runtime for a package or where this machine cannot run an engine but its
+    package is found; an engine that is damaged or does not fit the GPU's memory is an error. Raises UserError if that
+    cannot be.
     """
     if runtime not in RUNTIMES:
         raise UserError(f"runtime should be one of {', '.join(RUNTIMES)}, but is {runtime!r}")
@@ -68,7 +69,7 @@ def _load_engine(path: Path, runtime: str, verify: bool, engine_options: dict, p
 
         try:
             return Loaded(TrtSession(engine, verify=verify, **engine_options), engine.path, generation, **limits)
-        except UserError as error:
+        except CannotRunHere as error:
             if runtime == "tensorrt":
                 raise
             problem = str(error)

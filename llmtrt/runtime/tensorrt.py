@@ -13,7 +13,7 @@ from llmtrt.engine.logger import make_logger
 from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, Engine
 from llmtrt.engine.options import CONTEXT_STEP
 from llmtrt.engine.refit import refit
-from llmtrt.errors import UserError
+from llmtrt.errors import CannotRunHere, UserError
 from llmtrt.package import Package
 from llmtrt.runtime.context import Context, Settings, Shapes
 from llmtrt.runtime.cuda import Cuda, Region
@@ -51,9 +51,9 @@ class TrtSession:
     version-compatible plan, which carries code that runs on the host. ``verify``: whether the package that a plan without
     weights is filled from is compared with its SHA-256.
 
-    Raises UserError if there is no GPU or driver, if the engine's flavor is not installed or has another version, if
-    the plan does not fit the GPU, is damaged, or has no weights and its package is not found, and, before the GPU is
-    touched, if weights and the cache of one sequence need more memory than is free.
+    Raises CannotRunHere if there is no GPU or driver, if the engine's flavor is not installed or has another version, and
+    if the plan was made for another GPU; UserError if the plan is damaged, or has no weights and its package is not found,
+    and, before the GPU is touched, if weights and the cache of one sequence need more memory than is free.
     """
 
     def __init__(
@@ -573,10 +573,10 @@ class TrtSession:
 def _find_gpu(engine: Engine) -> Gpu:
     found = find_gpus()
     if found.problem:
-        raise UserError(f"{engine.path} is an engine and needs an NVIDIA GPU, but {found.problem}")
+        raise CannotRunHere(f"{engine.path} is an engine and needs an NVIDIA GPU, but {found.problem}")
     gpu, targets = found.gpus[0], engine.compute_capabilities
     if targets and gpu.compute_capability not in targets:
-        raise UserError(
+        raise CannotRunHere(
             f"{engine.path} was built for compute capability {', '.join(targets)}, but {gpu.name} has "
             f"{gpu.compute_capability}: build it with --compute-capability {gpu.compute_capability}, or without"
         )
