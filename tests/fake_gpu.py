@@ -7,6 +7,7 @@ import functools
 import types
 import weakref
 from collections import Counter
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -64,6 +65,7 @@ class FakeCuda(types.ModuleType):
     def __init__(self, total: int = 1 << 30):
         super().__init__("cuda.bindings.runtime")
         self.total, self.live, self.streams = total, {}, set()
+        self.apart = set()  # streams on which nothing was put but what a context sets up
         self.ended, self.calls = [], Counter()
         self._queue, self._put_so_far, self._done = [], 0, 0
         self._capture = None
@@ -172,18 +174,21 @@ class FakeCuda(types.ModuleType):
         return (0,)
 
     def cudaStreamCreateWithFlags(self, flags):
-        self.streams.add(7)
-        return 0, 7
+        handle = next(self._handles)
+        self.streams.add(handle)
+        return 0, handle
 
     def cudaStreamDestroy(self, stream):
-        assert not self._queue
         self.streams.remove(stream)
-        self.ended.append("stream")
+        if stream not in self.apart:
+            assert not self._queue
+            self.ended.append("stream")
         return (0,)
 
     def cudaStreamSynchronize(self, stream):
         assert stream in self.streams
-        self._run(self._put_so_far)
+        if stream not in self.apart:
+            self._run(self._put_so_far)
         return (0,)
 
     def cudaMemGetInfo(self):
@@ -302,6 +307,18 @@ class FakeCuda(types.ModuleType):
 
     def cudaGetErrorString(self, status):
         return 0, b"out of memory" if status == 1 else b"another error"
+
+
+class AtOnce:
+    """An executor whose work is done when it is given: whatever else happens, it happens in one order."""
+
+    def __init__(self, workers, name):
+        self.shutdown = lambda: None
+
+    def submit(self, work, *arguments):
+        done = Future()
+        done.set_result(work(*arguments))
+        return done
 
 
 class Severity(IntEnum):
@@ -553,7 +570,8 @@ class FakeContext:
         weakref.finalize(self, self.cuda.ended.append, "context")
 
     def set_optimization_profile_async(self, profile, stream):
-        assert self.profile is None
+        assert self.profile is None and stream in self.cuda.streams and not self.cuda.capturing
+        self.cuda.apart.add(stream)
         self.profile, self.bounds = profile, self.engine.bounds(profile)
         if self.strategy != "user":
             count = self.engine.num_optimization_profiles

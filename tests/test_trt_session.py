@@ -18,7 +18,7 @@ import onnx_ir as ir
 from llmtrt.engine.build import build
 from llmtrt.engine.gpu import Gpus
 from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, WEIGHTS, open_engine
-from llmtrt.errors import UserError
+from llmtrt.errors import CannotRunHere, UserError
 from llmtrt.graph.expose import expose
 from llmtrt.graph.lowering import Target, lower
 from llmtrt.graph.lowerings.weight_inputs import weight_of
@@ -26,7 +26,7 @@ from llmtrt.graph.structure import load_graph
 from llmtrt.package import open_package
 from llmtrt.quantization.pipeline import quantize
 from llmtrt.quantization.recipe import Recipe
-from llmtrt.runtime import kernel_cache
+from llmtrt.runtime import context_pool, kernel_cache
 from llmtrt.runtime import tensorrt as runtime
 from llmtrt.runtime.context import Context
 from llmtrt.runtime.cuda import Region
@@ -63,6 +63,7 @@ def built_small(package, output, **options):
 def machine(engine, monkeypatch):
     """Replaces GPU, CUDA and TensorRT; ``machine(...)`` again changes what they are. ``free``: what NVML says."""
     monkeypatch.setenv(kernel_cache.FOLDER, "")
+    monkeypatch.setattr(context_pool, "ThreadPoolExecutor", fake_gpu.AtOnce)
 
     def replace(
         total: int = 1 << 30, version: str | None = None, gpus: Gpus = fake_gpu.GPU, free: int | None = None, **options
@@ -276,9 +277,9 @@ def test_tensorrt_goes_before_what_it_uses(engine, machine):
     contexts = len(trt.contexts)
     cuda.ended.clear()
     session.close()
-    assert contexts == 4  # prefill, one bucket of decode, the two samplers
-    assert cuda.ended[:9] == ["graph"] + ["context"] * 4 + ["engine"] * 3 + ["runtime"]
-    assert cuda.ended[9:11] == ["event"] * 2 and {*cuda.ended[11:-1]} == {"memory"} and cuda.ended[-1] == "stream"
+    assert contexts == 5  # prefill, one bucket of decode and the spare one for the next, the two samplers
+    assert cuda.ended[:10] == ["graph"] + ["context"] * 5 + ["engine"] * 3 + ["runtime"]
+    assert cuda.ended[10:12] == ["event"] * 2 and {*cuda.ended[12:-1]} == {"memory"} and cuda.ended[-1] == "stream"
     assert not cuda.live and not cuda.events and not cuda.executables and not cuda.graphs
 
 
@@ -456,7 +457,7 @@ def test_a_runtime_that_does_not_start_says_why(engine, machine):
 
     trt.Runtime = Runtime
     for Runtime.reason, match in (("CUDA initialization failure with error: 35", "error: 35"), ("", "nullptr")):
-        with pytest.raises(UserError, match=rf"TensorRT rtx .* does not start \(.*{match}\): `llmtrt doctor`"):
+        with pytest.raises(CannotRunHere, match=rf"TensorRT rtx .* does not start \(.*{match}\): `llmtrt doctor`"):
             TrtSession(engine)
         assert not cuda.live and not cuda.streams
 
@@ -473,7 +474,7 @@ def test_what_tensorrt_refuses_is_an_error_with_its_reason(engine, machine, monk
             step_all(session, 1, 1)  # from here on the contexts are prepared
             log(1, "an old complaint")
         else:
-            for context in session._contexts.values():
+            for context in session._contexts._given.values():
                 context.state = context.shapes = None
         with monkeypatch.context() as patch:
             patch.setattr(fake_gpu.FakeContext, name, lambda *_: log(1, "out of cheese"))
@@ -483,23 +484,23 @@ def test_what_tensorrt_refuses_is_an_error_with_its_reason(engine, machine, monk
     session.close()
 
 
-def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_path):
+def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_path, monkeypatch):
     output = tmp_path / "targeted"
     targeted = build(engine.package_path, output, max_seq=16, chunk=8, compute_capabilities=("12.0",)).engine
     machine(version="1.7.1.116")
     with pytest.raises(
-        UserError,
+        UserError,  # where both are installed, another process could
         match=rf"built with TensorRT rtx {engine.flavor_version} and 1\.7\.1\.116 is installed"
         rf"|TensorRT rtx {engine.flavor_version} cannot be used in this process, which has imported 1\.7\.1\.116",
     ):
         TrtSession(engine)
     machine(gpus=Gpus((), problem="the NVIDIA driver sees no GPU"))
-    with pytest.raises(UserError, match="needs an NVIDIA GPU, but the NVIDIA driver sees no GPU"):
+    with pytest.raises(CannotRunHere, match="needs an NVIDIA GPU, but the NVIDIA driver sees no GPU"):
         TrtSession(engine)
     machine()
     with pytest.raises(UserError, match="kernel_specialization should be LAZY, EAGER, NONE, but is 'FAST'"):
         TrtSession(engine, kernel_specialization="FAST")
-    with pytest.raises(UserError, match="built for compute capability 12.0, but Fake GPU has 8.9"):
+    with pytest.raises(CannotRunHere, match="built for compute capability 12.0, but Fake GPU has 8.9"):
         TrtSession(targeted)
     for content in (b"", b"half a plan"):
         (targeted.path / "engine.plan").write_bytes(content)
@@ -507,8 +508,16 @@ def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_pat
         truncated.manifest["compute_capabilities"] = []
         with pytest.raises(
             UserError, match=r"does not load .*engine\.plan \(the plan is damaged.*build the engine anew"
-        ):
+        ) as told:
             TrtSession(truncated)
+        assert told.type is UserError
+    monkeypatch.setattr(sys.modules["tensorrt_rtx"].Runtime, "get_engine_validity", lambda *_: (2, 1))
+    with pytest.raises(CannotRunHere, match=r"does not load .*engine\.plan \(it was built by another TensorRT version"):
+        TrtSession(truncated)
+    monkeypatch.setattr(sys.modules["tensorrt_rtx"].Runtime, "get_engine_validity", lambda *_: (2, 1 | 32))
+    with pytest.raises(UserError, match=r"another TensorRT version and the plan is damaged") as told:
+        TrtSession(truncated)
+    assert told.type is UserError
 
 
 def test_a_plan_that_the_gpu_has_no_room_for_is_not_called_unfit(engine, machine, monkeypatch):
@@ -527,7 +536,7 @@ def test_a_plan_that_the_gpu_has_no_room_for_is_not_called_unfit(engine, machine
 def test_missing_cuda_bindings_name_the_command(engine, machine, monkeypatch):
     machine()
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(UserError, match="pip install 'cuda-bindings==12"):
+    with pytest.raises(CannotRunHere, match="pip install 'cuda-bindings==12"):
         TrtSession(engine)
 
 
@@ -716,7 +725,26 @@ def test_graphs_are_as_many_as_slots_buckets_and_samplers(engine, machine, monke
                 tokens(session, [PROMPTS[0]] * copies, [dataclasses.replace(params, ignore_eos=True)] * copies)
     # 8, 16, 24, 32 and 40 rows of one or two slots and either sampler; a first token comes from the prefill.
     assert cuda.most_executables == len(cuda.executables) == 5 * 2 * 2
-    assert len(trt.contexts) == 6 * 2 + 1 + 2 * 2  # 48 rows are what is reserved
+    assert len(trt.contexts) == 5 * 2 + 1 + 1 + 2 * 2  # with a spare one of decode, and prefill
+
+
+def test_the_next_bucket_finds_a_context(engine, machine, monkeypatch):
+    """Made behind the capture before it; of an engine that streams, whose contexts take room from weights, none is."""
+    monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", 8)
+    for kept_ahead in (True, False):
+        machine()
+        session = TrtSession(engine)
+        session._makes_ahead = kept_ahead
+        tokens(session, [[1, 2, 3]], [SamplingParams(max_tokens=2, ignore_eos=True)])
+        monkeypatch.setattr(session._contexts, "_make", lambda *_: 1 / 0)
+        longer = [SamplingParams(max_tokens=8, ignore_eos=True)]  # into the second bucket
+        if kept_ahead:
+            monkeypatch.setattr(session._contexts, "make_ahead", lambda *_: None)
+            assert tokens(session, [[1, 2, 3]], longer)
+        else:
+            with pytest.raises(ZeroDivisionError):
+                tokens(session, [[1, 2, 3]], longer)
+        session.close()
     session.close()
 
 
@@ -1332,6 +1360,6 @@ def test_a_step_that_was_not_bound_whole_leaves_nothing_behind(engine, machine, 
             step(1)
     session.reserve(3, 20)
     step(0)
-    bound = session._contexts[PLAN, 1]._context.addresses["past_key_0"]
+    bound = session._contexts.get(PLAN, 1)._context.addresses["past_key_0"]
     assert bound == session._kv.places(0)["past_key_0"].address != session._kv.places(1)["past_key_0"].address
     session.close()

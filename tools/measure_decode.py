@@ -8,6 +8,8 @@ build     random INT4 weights, the head's too: engines with them in the plan or 
 speed     prompt 512, 128 new tokens: tokens/s, TTFT of 512 and 2,048 tokens, a token's time split by kernels; memory
 context   steps behind 512 and behind 8,192 tokens, in caches of 1,024 to 34,816 rows; prefill of 2,048 and 8,192 tokens;
           in a call of its own: the profiler of speed may slow the steps that follow it
+growth    a sequence that grows from 512 to 2,048 tokens: the longest gaps between two, where a shape is new, with compiled
+          kernels on disk and without
 peer      transformers, fp16, static cache, compiled: the same prompt and tokens
 """
 
@@ -147,7 +149,32 @@ def peer(folder: Path, shape: str, results: dict) -> None:
     results["gpu_bytes"] = theirs.gpu_bytes()
 
 
-STAGES = {"build": build, "speed": speed, "context": context, "peer": peer}
+def growth(folder: Path, shape: str, results: dict) -> None:
+    path = engine_folder(folder, ONLY[0])
+    params = SamplingParams(max_tokens=2048 - PROMPT, **GREEDY)
+    for kind in ("NONE", "EAGER"):
+        cache = folder / f"kernels-{kind}"
+        shutil.rmtree(cache, ignore_errors=True)
+        os.environ["LLMTRT_CACHE"] = str(cache)
+        for turn in ("nothing on disk", "compiled kernels on disk"):
+            llm, seconds = load(path, kernel_specialization=kind)
+            called, ids = time.perf_counter(), ids_of(llm, PROMPT)
+            times = np.array([time.perf_counter() - called for _ in llm.generate_stream(ids, params)])
+            gaps = 1e3 * np.diff(times)
+            places = sorted(np.argsort(gaps)[-12:].tolist())
+            results[f"{kind}, {turn}"] = {
+                "load_seconds": round(seconds, 2),
+                "ttft_ms": round(1e3 * times[0], 1),
+                "gap_p50_ms": round(float(np.median(gaps)), 4),
+                "longest_gaps_ms": {PROMPT + 1 + place: round(float(gaps[place]), 1) for place in places},
+                "kernel_files_mb": round(sum(file.stat().st_size for file in cache.iterdir()) / 1e6, 2),
+            }
+            say(kind, turn, results[f"{kind}, {turn}"])
+            llm.close()
+            gc.collect()
+
+
+STAGES = {"build": build, "speed": speed, "context": context, "growth": growth, "peer": peer}
 
 
 def main() -> None:

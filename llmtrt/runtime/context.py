@@ -44,7 +44,8 @@ class Settings:
 
 class Context:
     """One IExecutionContext of ``engine``, whose tensors are ``tensors``, in one optimization ``profile``; ``state`` is the
-    caller's note of what it is prepared for, ``shapes`` the inputs' shapes as they are set."""
+    caller's note of what it is prepared for, ``shapes`` the inputs' shapes as they are set. It may be made in any thread.
+    """
 
     def __init__(
         self,
@@ -60,24 +61,16 @@ class Context:
         self._cuda, self._logger = cuda, logger
         self._user_managed = settings.allocation == "user"
         self._context = _make(flavor, engine, settings, kernels)
-        if self._context is None or not self._context.set_optimization_profile_async(profile, cuda.stream):
+        if self._context is None or not cuda.apart(
+            lambda stream: self._context.set_optimization_profile_async(profile, stream)
+        ):
             raise UserError(f"TensorRT cannot make an execution context: {logger.reason() or 'it gave no reason'}")
-        cuda.synchronize()
         self.profile = profile
         self.state: object = None
         self.shapes: Shapes | None = None
         self._needed = 0
-        self._known: dict[tuple, int] = {}  # what ``needs`` was asked for
         self.inputs = tuple(tensor for tensor in tensors if tensor.is_input)
         self._tensors, self._bound = tensors, {}
-
-    def needs(self, shapes: Shapes) -> int:
-        """The bytes of activation memory for the inputs' ``shapes``; sets them where that is not known yet, which takes
-        TensorRT some milliseconds."""
-        key = tuple(shapes.items())
-        if key not in self._known:
-            self._known[key] = self.set_shapes(shapes)
-        return self._known[key]
 
     def set_shapes(self, shapes: Shapes) -> int:
         """Sets the inputs' shapes and returns the bytes of activation memory that ``bind`` has to be given for them."""
@@ -101,6 +94,7 @@ class Context:
         """
         context, moved = self._context, []
         self.state = None  # where this ends early, it is prepared for nothing
+        self._logger.clear()
         for tensor in self._tensors:
             region, size = places[tensor.name], tensor.bytes
             if size is None:

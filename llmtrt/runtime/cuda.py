@@ -3,12 +3,13 @@
 import ctypes
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from llmtrt.errors import CannotRunHere, UserError
 
+T = TypeVar("T")
 INSTALL = "pip install 'cuda-bindings==12.*'"  # 12 works with every driver that runs our engines; 13 needs driver 580
 
 
@@ -32,8 +33,8 @@ class Cuda:
         self._host: set[int] = set()
         self._graphs: list[Any] = []
         self._events: list[Any] = []
-        self._call("cudaSetDevice", device)
-        self._stream = self._call("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking)
+        self._index = device
+        self._stream = self._open()
 
     @property
     def stream(self) -> int:
@@ -139,6 +140,16 @@ class Cuda:
         """Waits on the host until what ``record`` marked is done; raises what went wrong in it."""
         self._call("cudaEventSynchronize", event)
 
+    def apart(self, work: Callable[[int], T]) -> T:
+        """What ``work`` gives, which is told the handle of a stream of its own; waits for that alone. For any thread."""
+        stream = self._open()
+        try:
+            result = work(int(stream))
+            self._call("cudaStreamSynchronize", stream)
+            return result
+        finally:
+            self._rt.cudaStreamDestroy(stream)
+
     def synchronize(self) -> None:
         """Waits until the stream's work is done; raises what went wrong in it."""
         self._call("cudaStreamSynchronize", self._stream)
@@ -166,6 +177,10 @@ class Cuda:
             rt.cudaFreeHost(address)
         self._events, self._device, self._host = [], {}, set()
         rt.cudaStreamDestroy(stream)
+
+    def _open(self) -> Any:
+        self._call("cudaSetDevice", self._index)  # each thread begins with the first
+        return self._call("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *results = getattr(self._rt, name)(*arguments)

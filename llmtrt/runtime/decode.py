@@ -100,7 +100,7 @@ class DecodeLoop:
 
     ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket)`` give the two contexts of a step, model and
     sampler, ready to run. ``captures``: without, each step is put on the stream anew. ``read_once()``: the weights and
-    the caches, which a step reads once. ``runs_first``: a step runs once before it is captured.
+    the caches, which a step reads once. ``runs_first``: a decode step runs once before it is captured.
 
     Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
     past a stop is discarded.
@@ -141,7 +141,8 @@ class DecodeLoop:
         if len(self._under_way) == len(self._events):
             raise ValueError("two steps are under way: ask for the tokens of the first")
         contexts = partial(self._decoder, slots, bucket, sampled)
-        self._launch((slots, bucket, sampled), contexts, partial(state.advance, slots, sampled))
+        first = (0, 1) if self._runs_first else ()
+        self._launch((slots, bucket, sampled), contexts, first, partial(state.advance, slots, sampled))
         tokens, event = state.fetch(self._turn, slots), self._events[self._turn % 2]
         self._cuda.record(event)
         self._under_way.append((event, tokens))
@@ -156,9 +157,16 @@ class DecodeLoop:
     def check(self, slots: int, rows: int, bucket: int) -> None:
         """Puts one step of ``rows`` rows of each of the first ``slots`` slots on the stream, and the choice of the likeliest
         token behind each row; inputs and outputs are where ``checker`` bound them."""
-        self._launch((slots, rows, bucket, "check"), partial(self._checker, slots, rows, bucket))
+        self._launch((slots, rows, bucket, "check"), partial(self._checker, slots, rows, bucket), (0,))
 
-    def _launch(self, key: tuple, contexts: Callable[[], Contexts], after: Callable[[], None] = lambda: None) -> None:
+    def _launch(
+        self,
+        key: tuple,
+        contexts: Callable[[], Contexts],
+        first: Sequence[int],
+        after: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``first``: those of the contexts that run once before they are captured."""
         if key in self._graphs:
             self._cuda.launch(self._graphs[key])
             return
@@ -176,10 +184,11 @@ class DecodeLoop:
         if not self._captures:
             step()
             return
-        # Without a run before it: once decoder or sampler have run outside of a graph, each kernel of every graph of the
-        # process begins 0.35 µs later, 5 % of a token (H100 and H200, driver 580; prefill does not do that).
-        if self._runs_first:
-            run()
+        # Decoder and sampler without a run before it: once they have run outside of a graph, each kernel of every graph of
+        # the process begins 0.35 µs later, 5 % of a token (H100 and H200, driver 580). Prefill does not do that, and sets
+        # up in its first run what cannot be set up in a capture.
+        for index in first:
+            both[index].run()
         try:
             self._graphs[key] = self._capture(step)
         except RuntimeError:  # what TensorRT sets up in a first run, it could not set up in this one

@@ -16,6 +16,7 @@ from llmtrt.engine.refit import refit
 from llmtrt.errors import CannotRunHere, UserError
 from llmtrt.package import Package
 from llmtrt.runtime.context import Context, Settings, Shapes
+from llmtrt.runtime.context_pool import ContextPool
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.decode import DecodeLoop, DecodeState
 from llmtrt.runtime.footprint import Footprint, MemoryUse, predict, room_for_weights, state_bytes
@@ -103,7 +104,8 @@ class TrtSession:
         self._runtime: Any = None
         self._engines: dict[str, Any] = {}
         self._tensors: dict[str, tuple[Tensor, ...]] = {}  # of each engine
-        self._contexts: dict[tuple, Context] = {}
+        self._contexts = ContextPool(self._make_context)
+        self._makes_ahead = not engine.streams  # whose contexts also hold room for weights
         self._kernels: dict[str, KernelCache] = {}
         self._layout = 0  # changes whenever memory moves that contexts were told of
         self._reserved = (0, 0)  # slots and rows of each that may be used
@@ -192,7 +194,9 @@ class TrtSession:
         self._require_reserved(0, batch, rows, last)
         self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
         self._logger.clear()
+        captured = self._loop.captured
         self._loop.check(batch, rows, self._bucket(last + 1))
+        self._make_ahead(captured, PLAN, self._profiles.prefill)
         tokens = np.empty((batch, rows), np.int64)
         self._cuda.download(tokens, self._input_places()["tokens"].address)
         self._cuda.synchronize()
@@ -228,7 +232,9 @@ class TrtSession:
         if slots > reserved or length > room:
             raise ValueError(f"a step of {slots} slots up to row {length} is more than what was reserved")
         self._logger.clear()
+        captured = self._loop.captured
         self._loop.start(self._state, slots, self._bucket(length), not greedy)
+        self._make_ahead(captured, *self._profiles.decode(slots))
 
     def tokens(self) -> np.ndarray:
         """See ``DeviceSession``."""
@@ -253,6 +259,7 @@ class TrtSession:
     def close(self) -> None:
         """See ``Session``."""
         try:
+            self._contexts.settle()
             for kernels in self._kernels.values():
                 kernels.save()
         finally:
@@ -261,8 +268,8 @@ class TrtSession:
             if self._loop is not None:
                 self._loop.close()  # a generator that nobody finished still holds it
             self._loop = None
-            self._contexts, self._kernels = {}, {}
-            self._engines = {}
+            self._contexts.close()
+            self._kernels, self._engines = {}, {}
             self._runtime = None
             self._state = None
             self._cuda.close()
@@ -338,25 +345,20 @@ class TrtSession:
         """The tensors of each plan that decodes."""
         return [self._tensors[name] for name in (PLAN, DECODE) if name in self._engines]
 
-    def _context(self, plan: str, profile: int, *key: object) -> Context:
-        """The context of ``plan`` for ``key``, made when it is first asked for."""
-        if (plan, profile, *key) not in self._contexts:
-            self._contexts[plan, profile, *key] = Context(
-                self._flavor,
-                self._engines[plan],
-                self._tensors[plan],
-                profile,
-                self._settings,
-                self._kernels[plan],
-                self._cuda,
-                self._logger,
-            )
-            self._kernels[plan].save()
-        return self._contexts[plan, profile, *key]
+    def _make_context(self, plan: str, profile: int) -> Context:
+        engine, tensors, kernels = self._engines[plan], self._tensors[plan], self._kernels[plan]
+        context = Context(self._flavor, engine, tensors, profile, self._settings, kernels, self._cuda, self._logger)
+        kernels.save()
+        return context
+
+    def _make_ahead(self, captured: int, plan: str, profile: int) -> None:
+        """Has a context made for the next shape, where one was just captured beyond ``captured``."""
+        if self._makes_ahead and self._loop.captured != captured:
+            self._contexts.make_ahead(plan, profile)
 
     def _decoder(self, batch: int, bucket: int) -> Context:
         """The decode context for ``batch`` slots and a bucket; its inputs are those of the ``DecodeState``."""
-        context = self._context(*self._profiles.decode(batch), batch, bucket)
+        context = self._contexts.get(*self._profiles.decode(batch), batch, bucket)
         return self._prepared(context, 0, (batch, 1, 1, bucket), self._state.places())
 
     def _read_once(self) -> tuple[list[Region], list[Region]]:
@@ -383,24 +385,26 @@ class TrtSession:
             self._cuda.upload(places[name].address, staged)
 
     def _contexts_of_step(self, batch: int, bucket: int, sampled: bool) -> tuple[Context, Context]:
+        self._contexts.settle()
         decoder = self._decoder(batch, bucket)
         return decoder, self._sampler(batch, sampled)
 
     def _contexts_of_check(self, batch: int, rows: int, bucket: int) -> tuple[Context, Context]:
         """A prefill step whose every row's logits are wanted, and the likeliest token of each as if it were a sequence."""
+        self._contexts.settle()
         count, places = batch * rows, self._input_places()
-        model = self._context(PLAN, self._profiles.prefill, batch, rows, bucket)
+        model = self._contexts.get(PLAN, self._profiles.prefill, batch, rows, bucket)
         model = self._prepared(model, 0, (batch, rows, rows, bucket), places)
-        chooser = self._context(GREEDY, 0, "rows", count)
+        chooser = self._contexts.get(GREEDY, 0, "rows", count)
         return model, self._bound_sampler(chooser, GREEDY, count, places | {"last_rows": places["positions"]})
 
     def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int, profile: int) -> Context:
-        context = self._context(PLAN, profile)
+        context = self._contexts.get(PLAN, profile)
         return self._prepared(context, first, (batch, rows, wanted, length), self._input_places())
 
     def _sampler(self, batch: int, sampled: bool) -> Context:
         plan = SAMPLER if sampled else GREEDY
-        return self._bound_sampler(self._context(plan, 0, batch), plan, batch, self._state.places())
+        return self._bound_sampler(self._contexts.get(plan, 0, batch), plan, batch, self._state.places())
 
     def _bound_sampler(self, context: Context, plan: str, batch: int, places: dict[str, Region]) -> Context:
         """``context`` of a sampler, made ready for ``batch`` rows of logits, unless it is."""
@@ -424,7 +428,7 @@ class TrtSession:
         if context.state != (first, *shapes, self._layout):
             batch, _, wanted, _ = shapes
             self._grow_logits(batch * wanted * self.spec.vocab_size)
-            self._grow_activations(context.set_shapes(self._shapes(context, *shapes)))
+            self._grow_activations(context.set_shapes(self._shapes(context.inputs, context.profile, *shapes)))
             places = self._kv.places(first) | inputs | {"kv_range": self._range, "logits": self._logits}
             places |= {"decode_rows": self._range} | self._written_out
             places |= self._weights.places() if self._weights else {}
@@ -433,14 +437,20 @@ class TrtSession:
             self._prepared_count += 1
         return context
 
-    def _shapes(self, context: Context, batch: int, rows: int, wanted: int, length: int) -> Shapes:
+    def _shapes(
+        self, inputs: Sequence[Tensor], profile: int, batch: int, rows: int, wanted: int, length: int
+    ) -> Shapes:
         named = {"input_ids": (batch, rows), "positions": (batch, rows), "logits_index": (batch, wanted)}
-        for each in context.inputs:
+        for each in inputs:
             if each.name == "decode_rows":
-                named[each.name] = (int(self._profiles.decodes(context.profile)),)
+                named[each.name] = (int(self._profiles.decodes(profile)),)
             elif each.name.startswith(VALUE_ROWS):
                 named[each.name] = (length // each.shape[1], *each.shape[1:])
         return named | {"kv_range": (length,)} | self._kv.shapes(batch)
+
+    def _step_needs(self, plan: str, profile: int, *shapes: int) -> int:
+        inputs = [tensor for tensor in self._tensors[plan] if tensor.is_input]
+        return self._contexts.needs(plan, profile, self._shapes(inputs, profile, *shapes))
 
     def _bucket(self, length: int) -> int:
         """The rows of cache that a step sees whose last position is ``length`` − 1. Each is a shape of its own, with a graph
@@ -459,19 +469,17 @@ class TrtSession:
         if self._streaming_scratch:
             samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
         decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
-        rows, prefill = min(self.chunk, max_seq), self._context(PLAN, self._profiles.prefill)
+        rows, prefill = min(self.chunk, max_seq), (PLAN, self._profiles.prefill)
         profile, padded = self._profiles.padded(1, rows, 1, self._capacity)
-        contexts = [
-            (self._context(*self._profiles.decode(count), count, length), (count, 1, 1, length)) for count in decoding
-        ]
-        contexts += [
+        steps = [(self._profiles.decode(count), (count, 1, 1, length)) for count in decoding]
+        steps += [
             (prefill, (1, rows, 1, length)),
             (prefill, (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)),
-            (self._context(PLAN, profile), (1, padded, 1, length)),
+            ((PLAN, profile), (1, padded, 1, length)),
         ]
         activations = max(
-            *(context.needs(self._shapes(context, *shapes)) for context, shapes in contexts),
-            *(self._context(plan, 0, count).needs(self._sampler_shapes(plan, count)) for plan, count in samplers),
+            *(self._step_needs(*place, *shapes) for place, shapes in steps),
+            *(self._contexts.needs(plan, 0, self._sampler_shapes(plan, count)) for plan, count in samplers),
         )
         if self._streaming_scratch:
             # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
