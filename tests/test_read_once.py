@@ -35,7 +35,7 @@ class Kernel:
         self.kernelParams, self.window = ctypes.addressof(self._table), None
 
     def __int__(self) -> int:
-        return 1
+        return id(self)  # each a function of its own
 
 
 @pytest.fixture

@@ -134,6 +134,7 @@ def simulate(cost, share, steps=3000, seed=0):
             accepted += 1
         if draft.tokens:
             speculation.verified(draft, accepted)
+        speculation.gave(1, 1 + accepted, cost(rows))
         tokens, seconds = tokens + 1 + accepted, seconds + cost(rows)
     return tokens / seconds * cost(1)
 
@@ -222,3 +223,31 @@ def test_a_cancelled_request_gives_no_more_of_its_draft(tmp_path, copying):
         next(stream)
     stream.cancel()
     assert [piece.finish_reason for piece in stream] == ["cancelled"]
+
+
+def test_what_costs_more_than_its_steps_say_is_left_off():
+    """Drafts that promise 1.4 times the tokens, where going from one kind of step to the other takes as long as two."""
+    cost, rng, speculation = COSTS["cheap rows"], np.random.default_rng(0), Speculation()
+    one = request([1, 2, 3, 1, 2, 3], most=100_000)
+    speculation._draft = lambda each, most: Draft([0] * most, "any") if most > 0 else NOTHING
+    tokens, seconds, drafted = 0, 0.0, []
+    for step in range(2000):
+        (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], 64)
+        rows = 1 + len(draft.tokens)
+        taken = cost(rows) + (2 if draft.tokens else 0)
+        speculation.measured(1, rows, cost(rows))
+        accepted = int(rng.random() < 0.4) if draft.tokens else 0
+        if draft.tokens:
+            speculation.verified(draft, accepted)
+            drafted.append(step)
+        speculation.gave(1, 1 + accepted, taken)
+        tokens, seconds = tokens + 1 + accepted, seconds + taken
+    assert tokens / seconds * cost(1) > 0.9 and sum(step > 1000 for step in drafted) < 60
+    untold = Speculation()
+    untold._draft, untold.gave = speculation._draft, lambda *_: None
+    for _ in range(200):  # it is the time that went by that says so
+        (draft,) = [NOTHING] if untold.rests() else untold.drafts([one], 64)
+        untold.measured(1, 1 + len(draft.tokens), cost(1 + len(draft.tokens)))
+        if draft.tokens:
+            untold.verified(draft, int(rng.random() < 0.4))
+    assert untold.steps > 100

@@ -18,7 +18,7 @@ _NOW = ("input_ids", "positions", "steps")
 _NEXT = ("next_ids", "next_positions", "next_steps")
 _FIXED = ("logits_index", "last_rows", "tokens")
 _PARAMS = ("temperature", "repetition_penalty", "top_k", "top_p", "min_p")  # fp32 [slots] each
-Contexts = tuple[Context, Context]  # of one step: the model's, the sampler's
+Contexts = tuple[Context, ...]  # of one step: the model's, and the sampler's where it chooses
 
 
 class DecodeState:
@@ -98,9 +98,10 @@ class DecodeLoop:
     """Runs decode steps, each behind the one before; a graph is captured for each number of slots, context bucket and kind
     of sampler when it is first needed, and kept until ``forget``.
 
-    ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket)`` give the two contexts of a step, model and
-    sampler, ready to run. ``captures``: without, each step is put on the stream anew. ``read_once()``: the weights and
-    the caches, which a step reads once. ``runs_first``: a decode step runs once before it is captured.
+    ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket)`` give the contexts of a step, model and sampler
+    (``sampled`` None: the model alone), ready to run. ``captures``: without, each step is put on the stream anew.
+    ``read_once()``: the weights and the caches, which a step reads once. ``runs_first``: the model of a decode step runs
+    once before it is captured.
 
     Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
     past a stop is discarded.
@@ -109,7 +110,7 @@ class DecodeLoop:
     def __init__(
         self,
         cuda: Cuda,
-        decoder: Callable[[int, int, bool], Contexts],
+        decoder: Callable[[int, int, bool | None], Contexts],
         checker: Callable[[int, int, int], Contexts],
         captures: bool,
         read_once: Callable[[], tuple[Sequence[Region], Sequence[Region]]],
@@ -141,8 +142,7 @@ class DecodeLoop:
         if len(self._under_way) == len(self._events):
             raise ValueError("two steps are under way: ask for the tokens of the first")
         contexts = partial(self._decoder, slots, bucket, sampled)
-        first = (0, 1) if self._runs_first else ()
-        self._launch((slots, bucket, sampled), contexts, first, partial(state.advance, slots, sampled))
+        self._launch((slots, bucket, sampled), contexts, self._runs_first, partial(state.advance, slots, sampled))
         tokens, event = state.fetch(self._turn, slots), self._events[self._turn % 2]
         self._cuda.record(event)
         self._under_way.append((event, tokens))
@@ -157,24 +157,28 @@ class DecodeLoop:
     def check(self, slots: int, rows: int, bucket: int) -> None:
         """Puts one step of ``rows`` rows of each of the first ``slots`` slots on the stream, and the choice of the likeliest
         token behind each row; inputs and outputs are where ``checker`` bound them."""
-        self._launch((slots, rows, bucket, "check"), partial(self._checker, slots, rows, bucket), (0,))
+        self._launch((slots, rows, bucket, "check"), partial(self._checker, slots, rows, bucket), True)
+
+    def logits(self, slots: int, bucket: int) -> None:
+        """Puts one step of the first ``slots`` slots on the stream that ends with its logits."""
+        self._launch((slots, bucket, None), partial(self._decoder, slots, bucket, None), self._runs_first)
 
     def _launch(
         self,
         key: tuple,
         contexts: Callable[[], Contexts],
-        first: Sequence[int],
+        runs_first: bool,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """``first``: those of the contexts that run once before they are captured."""
+        """``runs_first``: the model runs once before it is captured."""
         if key in self._graphs:
             self._cuda.launch(self._graphs[key])
             return
         contexts()
-        both = contexts()  # to make the second ready may move the activations that the first was told of
+        found = contexts()  # to make the second ready may move the activations that the first was told of
 
         def run() -> None:
-            for context in both:
+            for context in found:
                 context.run()
 
         def step() -> None:
@@ -187,8 +191,8 @@ class DecodeLoop:
         # Decoder and sampler without a run before it: once they have run outside of a graph, each kernel of every graph of
         # the process begins 0.35 µs later, 5 % of a token (H100 and H200, driver 580). Prefill does not do that, and sets
         # up in its first run what cannot be set up in a capture.
-        for index in first:
-            both[index].run()
+        if runs_first:
+            found[0].run()
         try:
             self._graphs[key] = self._capture(step)
         except RuntimeError:  # what TensorRT sets up in a first run, it could not set up in this one

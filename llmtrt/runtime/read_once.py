@@ -29,9 +29,9 @@ def mark(graph: int, weights: Sequence[Region], caches: Sequence[Region]) -> int
     most = _attribute(driver, "MAX_ACCESS_POLICY_WINDOW_SIZE")
     if not most or sum(region.size for region in weights) <= _OF_L2 * _attribute(driver, "L2_CACHE_SIZE"):
         return 0
-    regions, count = sorted({*weights, *caches}), 0
+    regions, layouts, count = sorted({*weights, *caches}), {}, 0
     for node in _kernels(driver, graph):
-        size, address = max((_left(regions, word), word) for word in (0, *_parameters(driver, node)))
+        size, address = max((_left(regions, word), word) for word in (0, *_parameters(driver, node, layouts)))
         if size:
             count += _stream(driver, node, address, min(size, most))
     return count
@@ -52,8 +52,9 @@ def _kernels(driver: ModuleType, graph: int) -> Iterator[Any]:
             yield node
 
 
-def _parameters(driver: ModuleType, node: Any) -> Iterator[int]:
-    """Every word of the kernel's parameters, some of which are addresses, or parts of a structure that are."""
+def _parameters(driver: ModuleType, node: Any, layouts: dict[int, list[int]]) -> Iterator[int]:
+    """Every word of the kernel's parameters, some of which are addresses, or parts of a structure that are; ``layouts`` has
+    the bytes of each function's parameters, as far as they were asked for."""
     launch = _call(driver.cuGraphKernelNodeGetParams, node)
     if launch is None or not int(launch.kernelParams):
         return
@@ -61,11 +62,14 @@ def _parameters(driver: ModuleType, node: Any) -> Iterator[int]:
     ask, function = driver.cuFuncGetParamInfo, launch.func
     if not int(function):
         ask, function = driver.cuKernelGetParamInfo, launch.kern
-    index = 0
-    while (place := _call(ask, function, index)) is not None:
-        for at in range(0, place[1] - _POINTER + 1, _POINTER):
+    sizes = layouts.get(int(function))
+    if sizes is None:
+        sizes = layouts[int(function)] = []
+        while (place := _call(ask, function, len(sizes))) is not None:
+            sizes.append(place[1])
+    for index, size in enumerate(sizes):
+        for at in range(0, size - _POINTER + 1, _POINTER):
             yield ctypes.c_uint64.from_address(addresses[index] + at).value
-        index += 1
 
 
 def _left(regions: Sequence[Region], address: int) -> int:

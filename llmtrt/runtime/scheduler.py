@@ -13,6 +13,7 @@ from itertools import count
 import numpy as np
 
 from llmtrt.runtime.cache_slot import CacheSlot, shared_prefix
+from llmtrt.runtime.pace import Pace
 from llmtrt.runtime.request import Piece, Request
 from llmtrt.runtime.session import DeviceSession, Session
 from llmtrt.runtime.speculation import NOTHING, Draft, Speculation, rows_for
@@ -37,6 +38,7 @@ class Scheduler:
         self._turns = count()
         self._device = _Device(session) if isinstance(session, DeviceSession) else None
         self._check_rows = session.check_rows if self._device else session.chunk
+        self._pace = Pace()
 
     def run(self, requests: Sequence[Request], slots: int) -> Iterator[Piece]:
         """Runs ``requests``, at most ``slots`` at a time, and yields each token as it comes. A request that is cancelled
@@ -46,6 +48,7 @@ class Scheduler:
         """
         self._usable = min(slots, len(requests))
         self._waiting = deque(requests)
+        self._pace.interrupt()
         try:
             self._reserve(self._usable, max(len(request.prompt) + request.most_tokens for request in requests))
             while True:
@@ -54,6 +57,7 @@ class Scheduler:
                 prefilling = self._those("is_prefilling")
                 if prefilling:
                     yield from self._prefill(prefilling)
+                    self._pace.interrupt()
                 decoding = self._those("is_decoding")
                 if decoding:
                     yield from self._decode(decoding)
@@ -175,6 +179,7 @@ class Scheduler:
                 yield self._took(slot, slot.request.accept(logits[place, 0]))
 
     def _took(self, slot: CacheSlot, piece: Piece) -> Piece:
+        self._pace.tokens += 1
         if piece.completion is not None:
             self._release(slot)
         return piece
@@ -182,15 +187,14 @@ class Scheduler:
     def _decode(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
         on_host = self._device is None or any(slot.request.wants_logits for slot in decoding)
         drafts = self._drafts(decoding)
-        if not on_host and not drafts:
-            yield from self._decode_on_device(decoding)
-            return
-        if self._device and self._device.under_way:
+        if self._device and self._device.under_way and (on_host or drafts):
             yield from self._settle()
             decoding = self._those("is_decoding")
             drafts = self._drafts(decoding) if drafts else []  # they continue the newest token
-        if decoding:
+        if decoding and (on_host or drafts):
             yield from self._decode_on_host(decoding, drafts or [NOTHING] * len(decoding))
+        elif decoding:
+            yield from self._decode_on_device(decoding)
 
     def _drafts(self, decoding: list[CacheSlot]) -> list[Draft]:
         """A draft for each of ``decoding``, or none at all."""
@@ -201,15 +205,11 @@ class Scheduler:
 
     def _decode_on_device(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
         """Starts the next step, and takes the tokens of the one before, which has run meanwhile."""
-        began, before, prepared = time.perf_counter(), self._device.under_way, self._session.prepared
-        slots = self._count(decoding)
+        before, slots = self._device.under_way, self._count(decoding)
         self._device.decode(slots, decoding, self._parked(decoding, slots))
-        is_timed = self.speculation is not None and not before and self.speculation.wants_time(len(decoding))
-        if is_timed or self._device.under_way in (before, 2):
-            taken = self._device.tokens()
-            if is_timed:  # nothing ran before it and nothing behind, as with a step that checks a draft
-                self._measured(len(decoding), 1, began, prepared)
-            yield from self._take(taken)
+        if self._device.under_way in (before, 2):
+            yield from self._take(self._device.tokens())
+            self._stepped(len(decoding), behind=True)
 
     def _settle(self) -> Iterator[Piece]:
         """The tokens of all steps that are under way on the device."""
@@ -256,6 +256,17 @@ class Scheduler:
                 self._device.stale(slot)
         for slot, draft, take in zip(decoding, drafts, takes):
             yield from self._verified(slot, draft, take)
+        self._stepped(len(decoding), behind=False)
+
+    def _stepped(self, sequences: int, behind: bool) -> None:
+        """Reports what a step gave, and how long one takes that runs right ``behind`` another."""
+        if self.speculation is None:
+            return
+        tokens, seconds, in_a_row = self._pace.step(self._session.prepared if self._device else 0, behind)
+        if in_a_row:
+            self.speculation.measured(sequences, 1, seconds)
+        if seconds is not None:
+            self.speculation.gave(sequences, tokens, seconds)
 
     def _measured(self, sequences: int, rows: int, began: float, prepared: int) -> None:
         """Reports how long a step took, unless the device had to be made ready for it."""

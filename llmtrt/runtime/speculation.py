@@ -2,13 +2,19 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
 from llmtrt.runtime.request import Request
 
 _ROWS = (1, 2, 4, 8, 16)  # of a step; each is a shape of its own to the runtime
-_REST = 64  # steps without a draft where drafts did not pay, before one is tried again
-_MEMORY = 0.9  # of what was seen, from one draft to the next
+_REST, _LONGEST_REST = 64, 256  # steps without a draft where drafts did not pay, doubled each time in a row
+_JUDGED = 6  # steps from the first draft, after which what came is compared with what comes without
+_LOSS = 0.97  # of that, where it is called less
+_SAMPLES = 5  # times of steps of one size that are kept; their median counts, since other programs run now and then
+_OLD = 256  # steps, after which the time of a step of one row is measured again
+_MEMORY = 0.95  # of what was seen, from one draft to the next
+_GIVEN_MEMORY = 0.95  # of what came, from one step to the next
 _FASTER = 1.02  # what drafts have to promise
 _FADES = 0.9995  # a time, with every step that goes by, so that what was slow once is tried again
 _GUESS = (1.0, 2.0)  # tokens that were right and tokens that were checked, before any were
@@ -67,15 +73,29 @@ class PromptLookup:
 
 
 @dataclass(frozen=True)
-class _Time:
-    seconds: float | None
-    at: int  # after how many steps it was measured
+class _Times:
+    samples: tuple[float, ...]  # seconds
+    at: int  # after how many steps the last was measured
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What steps gave since the first draft behind a rest, the latest counting most."""
+
+    sequences: int
+    steps: int
+    tokens: float
+    seconds: float
+
+
+_NONE_GIVEN = _Given(0, 0, 0.0, 0.0)
 
 
 class Speculation:
     """Asks a drafter for each request, and lets a step have as many rows as promise the most tokens a second, from how
-    long steps of that many rows took and how often drafts were right. Where none promises more than one row does, it rests
-    and then tries one short draft, which shows whether that is still so.
+    long steps of that many rows took and how often drafts were right. Where none promises more than one row does, or what
+    came was less than steps of one row, one right behind the other, give, it rests and then tries one short draft, which
+    shows whether that is still so.
 
     ``steps``, ``drafted``, ``accepted``: steps with a draft, the tokens of these, and those that were right.
     """
@@ -83,10 +103,11 @@ class Speculation:
     def __init__(self, drafter: Callable[[], Drafter] = PromptLookup):
         self._make = drafter
         self._known: dict[int, tuple[Drafter, list[int]]] = {}  # by the request's id, until it is forgotten
-        self._times: dict[tuple[int, int], _Time] = {}  # of a step, by its sequences and the rows of each
+        self._times: dict[tuple[int, int], _Times] = {}  # of a step, by its sequences and the rows of each
         self._now = 0  # steps so far
         self._right: dict[Hashable, tuple[float, float]] = {}  # by kind
-        self._rest, self._is_trial, self._checked, self._hits = 0, False, 0, 0
+        self._rest, self._next_rest, self._is_trial, self._checked, self._hits = 0, _REST, False, 0, 0
+        self._counts, self._given = False, _NONE_GIVEN
         self.steps = self.drafted = self.accepted = 0
 
     def rests(self) -> bool:
@@ -101,12 +122,15 @@ class Speculation:
         """A draft for each of ``requests``, all to be checked in one step of up to ``most_rows`` rows."""
         has_failed = self._is_trial and self._checked and not self._hits
         self._checked = self._hits = 0
-        if has_failed:
-            self._rest, self._is_trial = _REST, False
+        if has_failed or self._loses():
+            self._begin_rest()
             return [NOTHING] * len(requests)
         limit = max(rows for rows in _ROWS if rows <= most_rows)
         found = [self._draft(request, min(limit, request.left) - 1) for request in requests]
         if not any(draft.tokens for draft in found) or self.seconds(len(found), 1) is None:
+            return [NOTHING] * len(found)
+        if self._now - self._times[len(found), 1].at > _OLD:
+            self._rest = _SAMPLES + 2  # the first fill the queue
             return [NOTHING] * len(found)
         rows = self._rows(found, limit)
         if rows > 1:
@@ -114,28 +138,35 @@ class Speculation:
         elif self._is_trial:
             rows = 2
         else:
-            self._rest = _REST
+            self._begin_rest()
         return [Draft(draft.tokens[: rows - 1], draft.kind) for draft in found]
 
-    def wants_time(self, sequences: int) -> bool:
-        """Whether it is long ago that a step of one row was measured."""
-        time = self._times.get((sequences, 1))
-        return time is None or time.seconds is None or self._now - time.at > _REST
+    def gave(self, sequences: int, tokens: int, seconds: float) -> None:
+        """So many tokens of ``sequences`` came in the time since the step before, whatever that was spent on."""
+        if not self._counts:
+            return
+        before = self._given if self._given.sequences == sequences else _NONE_GIVEN
+        self._given = _Given(
+            sequences,
+            before.steps + 1,
+            before.tokens * _GIVEN_MEMORY + tokens,
+            before.seconds * _GIVEN_MEMORY + seconds,
+        )
 
     def measured(self, sequences: int, rows: int, seconds: float) -> None:
-        """A step of ``sequences`` with ``rows`` rows each took that long."""
+        """A step of ``sequences`` with ``rows`` rows each took that long; of one row, right behind another."""
         self._now += 1
-        if (sequences, rows) not in self._times:
-            self._times[sequences, rows] = _Time(None, self._now)  # the first of a shape may compile and allocate
-            return
-        # The least of the last few, since other programs run now and then.
-        before = self._times[sequences, rows].seconds
-        self._times[sequences, rows] = _Time(min(seconds, 1.05 * (before or seconds)), self._now)
+        known = self._times.get((sequences, rows))
+        # The first of a shape may compile and allocate.
+        samples = () if known is None else (*known.samples, seconds)[-_SAMPLES:]
+        self._times[sequences, rows] = _Times(samples, self._now)
 
     def seconds(self, sequences: int, rows: int) -> float | None:
         """Of such a step, as far as is known; None where it was not seen twice."""
-        time = self._times.get((sequences, rows))
-        return None if time is None or time.seconds is None else time.seconds * _FADES ** (self._now - time.at)
+        known = self._times.get((sequences, rows))
+        if known is None or not known.samples:
+            return None
+        return median(known.samples) * _FADES ** (self._now - known.at)
 
     def forget(self, requests: Sequence[Request]) -> None:
         """Drops what is kept for ``requests``: no more drafts of theirs are asked for."""
@@ -149,6 +180,7 @@ class Speculation:
             right * _MEMORY + accepted,
             checked * _MEMORY + min(accepted + 1, len(draft.tokens)),
         )
+        self._counts = True
         self._checked += 1
         self._hits += accepted > 0
         self.steps += 1
@@ -163,6 +195,20 @@ class Speculation:
         drafter, token_ids = self._known[id(request)]
         token_ids += request.token_ids[len(token_ids) - len(request.prompt) :]
         return drafter.draft(token_ids, most)
+
+    def _begin_rest(self) -> None:
+        self._rest, self._is_trial, self._counts, self._given = self._next_rest, False, False, _NONE_GIVEN
+        self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
+
+    def _loses(self) -> bool:
+        """Whether fewer tokens came than without drafts."""
+        given, one = self._given, self.seconds(self._given.sequences, 1)
+        if one is None or given.steps < _JUDGED:
+            return False
+        ratio = given.tokens / given.sequences * one / given.seconds
+        if ratio >= _FASTER:
+            self._next_rest = _REST
+        return ratio < _LOSS - 1 / given.steps  # few say little
 
     def _rows(self, drafts: list[Draft], limit: int) -> int:
         """The number of rows that promises the most tokens a second."""

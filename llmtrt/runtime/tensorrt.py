@@ -168,9 +168,10 @@ class TrtSession:
         # Everything below is on one stream: the copies run before the step that reads them, so nobody waits in between.
         # The pinned array may be written again only after the copies from it have run, which the wait for the logits at
         # the end assures. A caller that did not wait would need TensorRT's set_input_consumed_event, or a second array.
+        self._logger.clear()
         if rows == wanted == 1 and first == 0:
-            context = self._decoder(batch, self._bucket(last + 1))
             self._state.feed(input_ids, positions)
+            self._loop.logits(batch, self._bucket(last + 1))
         else:
             room = self._reserved[1] - int(positions.min())
             profile, padded = self._profiles.padded(batch, rows, wanted, room)
@@ -180,8 +181,7 @@ class TrtSession:
                 last = int(positions.max())
             context = self._prefill(first, batch, padded, wanted, self._bucket(last + 1), profile)
             self._upload(input_ids, positions, logits_index)
-        self._logger.clear()
-        context.run()
+            context.run()
         logits = self._host_logits[: batch * wanted * self.spec.vocab_size]
         self._cuda.download(logits, self._logits.address)
         self._cuda.synchronize()
@@ -384,10 +384,10 @@ class TrtSession:
             staged[:] = values.reshape(-1)
             self._cuda.upload(places[name].address, staged)
 
-    def _contexts_of_step(self, batch: int, bucket: int, sampled: bool) -> tuple[Context, Context]:
+    def _contexts_of_step(self, batch: int, bucket: int, sampled: bool | None) -> tuple[Context, ...]:
         self._contexts.settle()
         decoder = self._decoder(batch, bucket)
-        return decoder, self._sampler(batch, sampled)
+        return (decoder,) if sampled is None else (decoder, self._sampler(batch, sampled))
 
     def _contexts_of_check(self, batch: int, rows: int, bucket: int) -> tuple[Context, Context]:
         """A prefill step whose every row's logits are wanted, and the likeliest token of each as if it were a sequence."""
