@@ -164,7 +164,7 @@ def growth(folder: Path, shape: str, results: dict) -> None:
             places = sorted(np.argsort(gaps)[-12:].tolist())
             results[f"{kind}, {turn}"] = {
                 "load_seconds": round(seconds, 2),
-                "ttft_ms": round(1e3 * times[0], 1),
+                "ttft_ms": round(1e3 * float(times[0]), 1),
                 "gap_p50_ms": round(float(np.median(gaps)), 4),
                 "longest_gaps_ms": {PROMPT + 1 + place: round(float(gaps[place]), 1) for place in places},
                 "kernel_files_mb": round(sum(file.stat().st_size for file in cache.iterdir()) / 1e6, 2),
