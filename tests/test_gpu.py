@@ -310,6 +310,7 @@ def test_the_likeliest_tokens_of_all_rows_are_the_logits_own(made, name):
         logits = session.step(ids[None], rows, rows)
         for _ in range(2):  # eagerly before the capture, and from the graph
             assert np.array_equal(session.likeliest(ids[None], rows), logits.argmax(2))
+            assert np.array_equal(session.row_logits(ids[None], rows), logits)
     finally:
         session.close()
 

@@ -856,8 +856,9 @@ def test_the_likeliest_token_of_every_row(engine, machine, reference, graphs):
         positions = before + np.broadcast_to(np.arange(rows), (3, rows))
         logits = reference.step(ids, positions, np.broadcast_to(np.arange(rows), (3, rows)))
         assert np.array_equal(session.likeliest(ids, positions), logits.argmax(2))
+        assert np.array_equal(session.row_logits(ids, positions), logits)
         before += rows
-    assert cuda.calls["cudaGraphInstantiate"] == (4 if graphs else 0)  # larger logits move, and what was captured goes
+    assert cuda.calls["cudaGraphInstantiate"] == (8 if graphs else 0)  # larger logits move, and what was captured goes
     poison(cuda, session)
     assert (session.likeliest(ids, positions) == -1).all()
     with pytest.raises(ValueError, match="from slot 0 on, up to position 48, is more than what was reserved"):

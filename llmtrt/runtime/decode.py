@@ -98,10 +98,10 @@ class DecodeLoop:
     """Runs decode steps, each behind the one before; a graph is captured for each number of slots, context bucket and kind
     of sampler when it is first needed, and kept until ``forget``.
 
-    ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket)`` give the contexts of a step, model and sampler
-    (``sampled`` None: the model alone), ready to run. ``captures``: without, each step is put on the stream anew.
-    ``read_once()``: the weights and the caches, which a step reads once. ``runs_first``: the model of a decode step runs
-    once before it is captured.
+    ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket, chooses)`` give the contexts of a step, model
+    and sampler (``sampled`` None, not ``chooses``: the model alone), ready to run. ``captures``: without, each step is put
+    on the stream anew. ``read_once()``: the weights and the caches, which a step reads once. ``runs_first``: the model of a
+    decode step runs once before it is captured.
 
     Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
     past a stop is discarded.
@@ -111,7 +111,7 @@ class DecodeLoop:
         self,
         cuda: Cuda,
         decoder: Callable[[int, int, bool | None], Contexts],
-        checker: Callable[[int, int, int], Contexts],
+        checker: Callable[[int, int, int, bool], Contexts],
         captures: bool,
         read_once: Callable[[], tuple[Sequence[Region], Sequence[Region]]],
         runs_first: bool,
@@ -154,10 +154,12 @@ class DecodeLoop:
         self._cuda.wait(event)
         return tokens.copy()
 
-    def check(self, slots: int, rows: int, bucket: int) -> None:
-        """Puts one step of ``rows`` rows of each of the first ``slots`` slots on the stream, and the choice of the likeliest
-        token behind each row; inputs and outputs are where ``checker`` bound them."""
-        self._launch((slots, rows, bucket, "check"), partial(self._checker, slots, rows, bucket), True)
+    def check(self, slots: int, rows: int, bucket: int, chooses: bool) -> None:
+        """Puts one step of ``rows`` rows of each of the first ``slots`` slots on the stream, which ends with the logits of
+        all or (``chooses``) the likeliest token behind each; inputs and outputs are where ``checker`` bound them."""
+        self._launch(
+            (slots, rows, bucket, "check", chooses), partial(self._checker, slots, rows, bucket, chooses), True
+        )
 
     def logits(self, slots: int, bucket: int) -> None:
         """Puts one step of the first ``slots`` slots on the stream that ends with its logits."""

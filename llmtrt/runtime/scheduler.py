@@ -240,15 +240,15 @@ class Scheduler:
             starts[slot.index] = slot.request.length - 1
         places = np.arange(rows)
         began, prepared = time.perf_counter(), self._session.prepared if self._device else 0
-        if (
-            rows > 1
-            and self._device
-            and all(slot.request.is_greedy and not slot.request.wants_logits for slot in decoding)
-        ):
+        is_checked = rows > 1 and self._device is not None
+        if is_checked and all(slot.request.is_greedy and not slot.request.wants_logits for slot in decoding):
             tokens = self._session.likeliest(input_ids, starts + places)
             takes = [partial(_take, slot.request, tokens[slot.index]) for slot in decoding]
         else:
-            logits = self._session.step(input_ids, starts + places, np.broadcast_to(places, (slots, rows)))
+            if is_checked:
+                logits = self._session.row_logits(input_ids, starts + places)
+            else:
+                logits = self._session.step(input_ids, starts + places, np.broadcast_to(places, (slots, rows)))
             takes = [partial(_accept, slot.request, logits[slot.index]) for slot in decoding]
         self._measured(len(decoding), rows, began, prepared)
         if self._device:

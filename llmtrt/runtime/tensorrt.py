@@ -182,25 +182,37 @@ class TrtSession:
             context = self._prefill(first, batch, padded, wanted, self._bucket(last + 1), profile)
             self._upload(input_ids, positions, logits_index)
             context.run()
+        return self._fetch_logits(batch, wanted)
+
+    def likeliest(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """See ``DeviceSession``; as ``step``, it waits for the end."""
+        self._check(input_ids, positions, chooses=True)
+        tokens = np.empty(input_ids.shape, np.int64)
+        self._cuda.download(tokens, self._input_places()["tokens"].address)
+        self._cuda.synchronize()
+        return tokens
+
+    def row_logits(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """See ``DeviceSession``; as ``step``, it waits for the end."""
+        self._check(input_ids, positions, chooses=False)
+        return self._fetch_logits(*input_ids.shape)
+
+    def _check(self, input_ids: np.ndarray, positions: np.ndarray, chooses: bool) -> None:
+        batch, rows = input_ids.shape
+        last, captured = int(positions.max()), self._loop.captured
+        self._require_reserved(0, batch, rows, last)
+        # Of one sequence as many as there will ever be: where they move, everything is captured anew.
+        self._grow_logits(max(batch * rows, self.check_rows) * self.spec.vocab_size)
+        self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
+        self._logger.clear()
+        self._loop.check(batch, rows, self._bucket(last + 1), chooses)
+        self._make_ahead(captured, PLAN, self._profiles.prefill)
+
+    def _fetch_logits(self, batch: int, wanted: int) -> np.ndarray:
         logits = self._host_logits[: batch * wanted * self.spec.vocab_size]
         self._cuda.download(logits, self._logits.address)
         self._cuda.synchronize()
         return logits.reshape(batch, wanted, self.spec.vocab_size).copy()
-
-    def likeliest(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """See ``DeviceSession``; as ``step``, it waits for the end."""
-        batch, rows = input_ids.shape
-        last = int(positions.max())
-        self._require_reserved(0, batch, rows, last)
-        self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
-        self._logger.clear()
-        captured = self._loop.captured
-        self._loop.check(batch, rows, self._bucket(last + 1))
-        self._make_ahead(captured, PLAN, self._profiles.prefill)
-        tokens = np.empty((batch, rows), np.int64)
-        self._cuda.download(tokens, self._input_places()["tokens"].address)
-        self._cuda.synchronize()
-        return tokens
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:
         """See ``Session``."""
@@ -389,12 +401,14 @@ class TrtSession:
         decoder = self._decoder(batch, bucket)
         return (decoder,) if sampled is None else (decoder, self._sampler(batch, sampled))
 
-    def _contexts_of_check(self, batch: int, rows: int, bucket: int) -> tuple[Context, Context]:
-        """A prefill step whose every row's logits are wanted, and the likeliest token of each as if it were a sequence."""
+    def _contexts_of_check(self, batch: int, rows: int, bucket: int, chooses: bool) -> tuple[Context, ...]:
+        """A prefill step whose every row's logits are wanted, or the likeliest token of each as if it were a sequence."""
         self._contexts.settle()
         count, places = batch * rows, self._input_places()
         model = self._contexts.get(PLAN, self._profiles.prefill, batch, rows, bucket)
         model = self._prepared(model, 0, (batch, rows, rows, bucket), places)
+        if not chooses:
+            return (model,)
         chooser = self._contexts.get(GREEDY, 0, "rows", count)
         return model, self._bound_sampler(chooser, GREEDY, count, places | {"last_rows": places["positions"]})
 
