@@ -17,8 +17,8 @@ import onnxruntime as ort
 
 from llmtrt.engine.gpu import Gpu, Gpus
 from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, WEIGHTS
+from llmtrt.graph.names import VALUE_ROWS
 from llmtrt.graph.sampler import write_sampler
-from llmtrt.runtime.tensors import VALUE_ROWS
 
 GPU = Gpus((Gpu(0, "Fake GPU", "8.9", 1 << 30, driver="580.0"),), "580.0", "13.0")
 KINDS = {"int64": ("INT64", np.int64), "float": ("FLOAT", np.float32), "float16": ("HALF", np.float16)}

@@ -31,6 +31,11 @@ class Rewrite:
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         return self.op("Cast", value, to=int(dtype))
 
+    def shaped(self, value: ir.Value, *sizes: ir.Value | int, **attributes: int) -> ir.Value:
+        """``value`` reshaped; ``sizes`` are sizes or, from the graph, int64 [1]."""
+        parts = [self.ints(size) if isinstance(size, int) else size for size in sizes]
+        return self.op("Reshape", value, self.op("Concat", *parts, axis=0), **attributes)
+
     def write_out(self, value: ir.Value, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
         """``value``, which becomes an output of the graph, so that TensorRT computes it once, in a kernel that ends with it:
         what it does not have to write out it computes anew for each row of a matrix that it multiplies with. It has to

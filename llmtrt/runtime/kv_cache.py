@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from math import prod
 
+from llmtrt.graph.names import PAST_VALUE, VALUE_ROWS
 from llmtrt.runtime.cuda import Cuda, Region
-from llmtrt.runtime.tensors import VALUE_ROWS, Tensor
+from llmtrt.runtime.tensors import Tensor
 
 _ALIGNMENT = 256  # of device addresses, for TensorRT
 
@@ -69,7 +70,7 @@ class KvCache:
         found = {}
         for address, (past, _, size) in self._lying():
             place = Region(address + first * size, (self.slots - first) * size)
-            found[past] = found[_present(past)] = found[past.replace("past_value_", VALUE_ROWS, 1)] = place
+            found[past] = found[_present(past)] = found[past.replace(PAST_VALUE, VALUE_ROWS, 1)] = place
         return found
 
     def copy_rows(self, source: int, target: int, rows: int) -> None:

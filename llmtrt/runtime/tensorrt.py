@@ -14,6 +14,7 @@ from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, Engine
 from llmtrt.engine.options import CONTEXT_STEP
 from llmtrt.engine.refit import refit
 from llmtrt.errors import CannotRunHere, UserError
+from llmtrt.graph.names import VALUE_ROWS
 from llmtrt.package import Package
 from llmtrt.runtime.context import Context, Settings, Shapes
 from llmtrt.runtime.context_pool import ContextPool
@@ -25,7 +26,7 @@ from llmtrt.runtime.kv_cache import KvCache, aligned
 from llmtrt.runtime.profiles import Profiles
 from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.streaming import WeightBudget
-from llmtrt.runtime.tensors import VALUE_ROWS, Tensor, tensors_of
+from llmtrt.runtime.tensors import Tensor, tensors_of
 from llmtrt.runtime.weight_inputs import WeightInputs
 
 _SMALLEST_CONTEXT = CONTEXT_STEP

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-VALUE_ROWS = "value_rows_"  # inputs [N, rows of a step, Hkv · D] of a plan for one row
+from llmtrt.graph.names import PAST_VALUE, VALUE_ROWS
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,4 @@ def tensors_of(engine: Any) -> tuple[Tensor, ...]:
 
 
 def _cache_of(name: str) -> str | None:
-    return name.replace(VALUE_ROWS, "past_value_", 1) if name.startswith(VALUE_ROWS) else None
+    return name.replace(VALUE_ROWS, PAST_VALUE, 1) if name.startswith(VALUE_ROWS) else None

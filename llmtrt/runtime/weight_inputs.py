@@ -4,9 +4,10 @@ import numpy as np
 
 from llmtrt.engine.manifest import WEIGHTS, Engine
 from llmtrt.errors import UserError
+from llmtrt.graph.names import VALUE_ROWS
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.kv_cache import aligned
-from llmtrt.runtime.tensors import VALUE_ROWS, Tensor
+from llmtrt.runtime.tensors import Tensor
 
 # Inputs that a step has of its own.
 _STEP = ("input_ids", "positions", "logits_index", "kv_range", "decode_rows", "past_", VALUE_ROWS)

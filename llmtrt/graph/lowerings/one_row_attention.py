@@ -12,10 +12,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from llmtrt.graph.attention_node import attentions, caches, kind_of, operands, refusal
 from llmtrt.graph.lowering import Lowering, Target
+from llmtrt.graph.names import PAST_VALUE, VALUE_ROWS
 from llmtrt.graph.rewrite import Rewrite
 from llmtrt.graph.split_softmax import FLOAT, put_together, scores, split_softmax
 
-VALUE_ROWS = "value_rows_"
 # More splits are more blocks of threads for the product behind many rows, and more to sum behind few: of 16, a layer takes
 # 0.8 µs more than of 8 behind 512 rows on an H100, and 3.5 less behind 8,192.
 _FEW, _MANY, _SHORT = 8, 16, 16384
@@ -46,14 +46,10 @@ def split(model: ir.Model, node: ir.Node, step: int, splits: int) -> None:
         raise refusal(node, " of a cache that TensorScatter wrote")
     past, group, width = scatter.inputs[0], heads // kv_heads, kv_heads * dim
     value_rows = ir.Value(
-        name=past.name.replace("past_value_", VALUE_ROWS), type=past.type, shape=ir.Shape(["N", step, width])
+        name=past.name.replace(PAST_VALUE, VALUE_ROWS), type=past.type, shape=ir.Shape(["N", step, width])
     )
     model.graph.inputs.append(value_rows)
     new = Rewrite(node)
-
-    def shaped(x: ir.Value, *sizes: ir.Value | int) -> ir.Value:
-        parts = [new.ints(size) if isinstance(size, int) else size for size in sizes]
-        return new.op("Reshape", x, new.op("Concat", *parts, axis=0))
 
     # Sizes written as multiples of what is known: TensorRT pads, and copies for it, what it cannot see to be even.
     steps = new.op("Shape", value_rows, start=0, end=1)
@@ -62,13 +58,13 @@ def split(model: ir.Model, node: ir.Node, step: int, splits: int) -> None:
     # Written out: TensorRT would turn the heads one after the other, in one block of threads for all.
     q = new.write_out(new.op("Reshape", new.cast(q, FLOAT), new.ints(-1)), (heads * dim,), FLOAT)
     q = new.op("Reshape", q, new.ints(kv_heads, group, 1, 1, dim))
-    sums = scores(new, shaped(keys, kv_heads, splits, rows, dim), q, 1, group)  # [Hkv, splits, rows] each
+    sums = scores(new, new.shaped(keys, kv_heads, splits, rows, dim), q, 1, group)  # [Hkv, splits, rows] each
     together = new.op("Concat", *(new.op("Unsqueeze", each, new.ints(2)) for each in sums), axis=2)
     together = new.op("Transpose", together, perm=[1, 0, 2, 3])  # [splits, Hkv, group, rows]
     together = _after(new, values, together)
-    weights, highest, total = split_softmax(new, together, scale, shaped(mask, splits, 1, 1, rows))
-    weights = shaped(new.cast(weights, dtype), splits, heads, rows)
-    products = new.op("MatMul", weights, shaped(value_rows, splits, rows, width))  # [splits, H, Hkv · D]
+    weights, highest, total = split_softmax(new, together, scale, new.shaped(mask, splits, 1, 1, rows))
+    weights = new.shaped(new.cast(weights, dtype), splits, heads, rows)
+    products = new.op("MatMul", weights, new.shaped(value_rows, splits, rows, width))  # [splits, H, Hkv · D]
     parts = new.cast(_own_values(new, products, splits, kv_heads, group, dim), FLOAT)
     y = new.cast(put_together(new, parts, highest, total, 0, splits, (kv_heads, group, dim)), dtype)
     new.replace(new.op("Reshape", y, new.ints(1, heads, 1, dim)))

@@ -28,7 +28,6 @@ def _apply(model: ir.Model, target: Target) -> ir.Model:
 
 def _exchange(node: ir.Node) -> None:
     x, cos, sin = node.inputs
-    (turned,) = node.outputs
     _, heads, _, dim = x.shape
     new, half = Rewrite(node), dim // 2
     halves = new.op("Reshape", x, new.ints(heads, 2, half))
@@ -37,7 +36,6 @@ def _exchange(node: ir.Node) -> None:
     cos, sin = (new.op("Reshape", each, new.ints(1, half)) for each in (cos, sin))
     y = new.op("Add", new.op("Mul", halves, cos), new.op("Mul", exchanged, new.op("Mul", sin, signs)))
     y = new.op("Reshape", y, new.ints(1, heads, 1, dim))
-    y.type, y.shape = turned.type, turned.shape
     new.replace(y)
 
 

@@ -9,6 +9,8 @@ decode step, and then TensorRT's own has none, or 0. As a profile fixes it, a Te
 each profile with its own form (an ONNX If does not build).
 """
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
@@ -71,12 +73,7 @@ def _in_splits(new: Rewrite, node: ir.Node, q: ir.Value, mask: ir.Value, step: i
     kv_heads = k.shape[1]
     group = heads // kv_heads
     batch, count = (new.op("Shape", q, start=axis, end=axis + 1) for axis in (0, 2))
-
-    def shaped(x: ir.Value, *sizes: ir.Value | int) -> ir.Value:
-        """``x`` reshaped; ``sizes`` are sizes or, from the graph, int64 [1]."""
-        parts = [new.ints(size) if isinstance(size, int) else size for size in sizes]
-        return new.op("Reshape", x, new.op("Concat", *parts, axis=0), allowzero=1)
-
+    shaped = partial(new.shaped, allowzero=1)  # N may be 0
     # Sizes written as multiples of what is known: TensorRT pads, and copies for it, what it cannot see to be even.
     steps = new.op("Div", length, new.ints(step))
     rows = new.op("Mul", steps, new.ints(step // splits))

@@ -9,18 +9,19 @@ import onnx_ir as ir
 
 from llmtrt.errors import UserError
 from llmtrt.graph.lowering import Lowering, Target
+from llmtrt.graph.names import PAST_VALUE
 from llmtrt.graph.rewrite import Rewrite
-
-_VALUES = "past_value_"
 
 
 def _applies(model: ir.Model, target: Target) -> bool:
-    return (target.one_row or target.value_rows) and any(value.name.startswith(_VALUES) for value in model.graph.inputs)
+    return (target.one_row or target.value_rows) and any(
+        value.name.startswith(PAST_VALUE) for value in model.graph.inputs
+    )
 
 
 def _apply(model: ir.Model, target: Target) -> ir.Model:
     for past in model.graph.inputs:
-        if past.name.startswith(_VALUES):
+        if past.name.startswith(PAST_VALUE):
             _turn(past)
     return model
 
