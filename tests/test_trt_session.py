@@ -484,6 +484,18 @@ def test_what_tensorrt_refuses_is_an_error_with_its_reason(engine, machine, monk
     session.close()
 
 
+def test_a_step_that_the_gpu_has_no_room_for_is_the_users_to_mend(engine, machine, monkeypatch):
+    """As TensorRT says where it loads a kernel in a step and the memory has gone meanwhile."""
+    machine()
+    session = TrtSession(engine)
+    session.reserve(1, 20)
+    said = "[defaultAllocator.cpp::allocateAsync::48] Error Code 1: Cuda Runtime (cudaError 2: out of memory)"
+    monkeypatch.setattr(fake_gpu.FakeContext, "execute_async_v3", lambda *_: session._logger.log(1, said))
+    with pytest.raises(UserError, match=r"no room for what a step needs .*out of memory.*: close other programs"):
+        step_all(session, 2, 2)
+    session.close()
+
+
 def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_path, monkeypatch):
     output = tmp_path / "targeted"
     targeted = build(engine.package_path, output, max_seq=16, chunk=8, compute_capabilities=("12.0",)).engine

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llmtrt.engine.flavor import Flavor
+from llmtrt.engine.logger import OUT_OF_MEMORY
 from llmtrt.engine.manifest import Engine
 from llmtrt.errors import CannotRunHere, UserError
 
 _PIECE = 64 << 20  # bytes
-_OUT_OF_MEMORY = "out of memory"  # in CUDA's own words, as TensorRT logs them
-_WHY = {
+# By the names of trt.EngineInvalidityDiagnostics.
+WHY = {
     "VERSION_MISMATCH": "it was built by another TensorRT version",
     "UNSUPPORTED_CC": "it was not built for this GPU's compute capability",
     "OLD_CUDA_DRIVER": "the NVIDIA driver is too old",
@@ -60,14 +61,14 @@ def deserialize(flavor: Flavor, runtime: Any, plan: Path, logger: Any, streams: 
     """
     logger.clear()
     if not plan.stat().st_size:
-        engine, said, why = None, [], _WHY["MALFORMED_ENGINE"]
+        engine, said, why = None, [], WHY["MALFORMED_ENGINE"]
     else:
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             engine = runtime.deserialize_cuda_engine(_make_reader(flavor, file) if streams else content)
             said, why = _why_not(flavor, runtime, content, logger) if engine is None else ([], "")
     if engine is None:
         remedy = "build the engine anew with `llmtrt build` for this machine"
-        if _OUT_OF_MEMORY in why:
+        if OUT_OF_MEMORY in why:
             remedy = "close other programs on the GPU, or build it with fewer bits or --weight-streaming"
         kind = CannotRunHere if said and _OF_THE_MACHINE.issuperset(said) else UserError
         raise kind(f"TensorRT {flavor.name} {flavor.version} does not load {plan} ({why}): {remedy}")
@@ -99,12 +100,12 @@ def _why_not(flavor: Flavor, runtime: Any, content: mmap.mmap, logger: Any) -> t
     where nothing else was said.
     """
     logged, said = logger.reason(), []
-    if _OUT_OF_MEMORY in logged:
+    if OUT_OF_MEMORY in logged:
         return [], logged
     if flavor.can("engine_validity"):
         _, bits = runtime.get_engine_validity(content)
         members = flavor.module.EngineInvalidityDiagnostics.__members__
         said = [name for name, member in members.items() if int(bits) & int(member)]
     said = [name for name in said if name != "UNSUPPORTED_CC" or not logged]
-    reasons = " and ".join(_WHY.get(name, name) for name in said)
+    reasons = " and ".join(WHY.get(name, name) for name in said)
     return said, "; ".join(filter(None, (reasons, logged))) or "it gave no reason"

@@ -5,6 +5,7 @@ from typing import Any
 
 from llmtrt.engine.flavor import Flavor
 
+OUT_OF_MEMORY = "out of memory"  # in CUDA's own words, as TensorRT logs them
 _KEPT = 50
 _LONGEST = 400
 # What the driver-less machine of an ahead-of-time build adds to every error, and C++ places that help nobody.
