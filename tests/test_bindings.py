@@ -12,7 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from llmtrt.engine.flavor import CAPABILITIES, Flavor, choose, describe
+from llmtrt.engine.load import WHY
 from llmtrt.engine.manifest import Engine
+from llmtrt.engine.options import FLAGS
+from llmtrt.runtime.context import ALLOCATIONS
 
 SOURCE = Path(__file__).parents[1] / "llmtrt"
 LISTINGS = {path.stem: json.loads(path.read_text()) for path in (Path(__file__).parent / "bindings").glob("*.json")}
@@ -36,7 +39,10 @@ VARIABLES = {
 EXCEPT = {
     "engine/parse.py": {"error": "ParserError"},
     "engine/refit.py": {"config": "ISerializationConfig", "parser": "OnnxParserRefitter"},
+    "engine/profiles.py": {"added": "IOptimizationProfile"},
     "runtime": {"config": "IRuntimeConfig"},
+    "runtime/kernel_cache.py": {"self._cache": "IRuntimeCache"},
+    "runtime/tensors.py": {"engine": "ICudaEngine"},
     "runtime/kv_cache.py": {"engine": "ICudaEngine"},
     "runtime/tensorrt.py": {"context": None, "decoder": "ICudaEngine"},  # its contexts are our Context
 }
@@ -145,7 +151,26 @@ def test_the_listings_are_of_the_versions_that_llmtrt_speaks_of():
 def test_the_source_is_seen():
     names = set().union(*map(touched, EVERY))
     assert {("Builder", "create_network"), ("IExecutionContext", "execute_async_v3"), ("OnnxParser", None)} <= names
+    assert {("IOptimizationProfile", "set_shape"), ("IRuntimeCache", "deserialize")} <= names
+    assert ("ICudaEngine", "get_aliased_input_tensor") in names
     assert len(names) > 45
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_every_member_that_is_used_by_its_name_exists(name):
+    flavor, classes = flavor_of(LISTINGS[name]), LISTINGS[name]["classes"]
+    flags = {flag for capability, flag in FLAGS.items() if flavor.can(capability)}
+    wanted = {
+        "ExecutionContextAllocationStrategy": set(ALLOCATIONS.values()),
+        "TensorIOMode": {"INPUT", "OUTPUT"},
+        "DataType": {"FLOAT", "HALF", "BF16", "INT64", "UINT8"},
+        "SeekPosition": {"SET", "CUR", "END"},
+        "EngineInvalidityDiagnostics": set(WHY) if flavor.can("engine_validity") else set(),
+        "BuilderFlag": flags if flavor.can("build") else set(),
+    }
+    assert {
+        kind: lacking for kind, members in wanted.items() if (lacking := members - set(classes.get(kind, ())))
+    } == {}
 
 
 @pytest.mark.parametrize("name", LISTINGS)

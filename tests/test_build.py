@@ -27,7 +27,9 @@ from llmtrt.engine.gpu import Gpus, find_gpus
 from llmtrt.engine.logger import make_logger
 from llmtrt.engine.manifest import ENGINE, GREEDY, PLAN, SAMPLER, open_engine
 from llmtrt.engine.monitor import make_monitor
+from llmtrt.engine.options import BuildOptions
 from llmtrt.engine.parse import parse
+from llmtrt.engine.profiles import decoder_profiles, one_row_profile
 from llmtrt.errors import UserError
 from llmtrt.graph import lowerings
 from llmtrt.graph.structure import load_graph, structure_digest, weights
@@ -686,3 +688,11 @@ def test_every_family_builds(name, recipe, tmp_path):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     needs = config.num_attention_heads < 4 or head_dim < 16  # FACTS and lint: what has no decode kernel
     assert ("decomposed_attention" in built.engine.manifest["lowerings"]) == needs
+
+
+@pytest.mark.parametrize("profiles", [decoder_profiles, one_row_profile])
+def test_an_input_that_no_profile_knows_is_named(profiles):
+    options = BuildOptions(max_seq=40, chunk=8, opt_context=40)
+    assert profiles({"kv_range": (-1,)}, options)[0].shapes["kv_range"][2] == (options.capacity,)
+    with pytest.raises(UserError, match="an input 'kv_length', which the graph contract does not know"):
+        profiles({"kv_range": (-1,), "kv_length": (-1,)}, options)

@@ -14,6 +14,16 @@ CONTEXT_STEP = 256  # rows of the cache that a step sees are a multiple of it, a
 # LAZY swaps kernels while a person waits, and with them the last bits of every number; EAGER compiles for every new
 # shape. NONE is the same kernels always.
 KERNEL_SPECIALIZATION = "NONE"
+# Of trt.BuilderFlag, by capability. Not REFIT: it makes the parser's own constants refittable too, which no initializer
+# names, so that the refitter calls itself incomplete ("42 weights out of 47"), and folds none of them, so that the last
+# bits differ.
+FLAGS = {
+    "weight_streaming": "WEIGHT_STREAMING",
+    "strip": "STRIP_PLAN",
+    "refit_identical": "REFIT_IDENTICAL",
+    "refit": "REFIT_INDIVIDUAL",
+    "version_compatible": "VERSION_COMPATIBLE",
+}
 _TYPICAL_CONTEXT = 1024
 _FEWEST_STEADY, _HALVED_TO = 256, 512
 
@@ -123,17 +133,15 @@ def _flags(flavor: Flavor, options: BuildOptions) -> tuple[str, ...]:
     if options.refit not in (None, *REFITS):
         raise UserError(f"--refit should be {' or '.join(REFITS)}, but is {options.refit!r}")
     refit = options.refit or ("identical" if options.strip else None)
-    # Not REFIT: it makes the parser's own constants refittable too, which no initializer names, so that the refitter
-    # calls itself incomplete ("42 weights out of 47"), and folds none of them, so that the last bits differ.
     wanted = {
-        "WEIGHT_STREAMING": ("weight_streaming", options.weight_streaming),
-        "STRIP_PLAN": ("strip", options.strip),
-        "REFIT_IDENTICAL": ("refit_identical", refit == "identical"),
-        "REFIT_INDIVIDUAL": ("refit", refit == "any"),
-        "VERSION_COMPATIBLE": ("version_compatible", options.version_compatible),
+        "weight_streaming": options.weight_streaming,
+        "strip": options.strip,
+        "refit_identical": refit == "identical",
+        "refit": refit == "any",
+        "version_compatible": options.version_compatible,
     }
-    chosen = {flag: capability for flag, (capability, on) in wanted.items() if on}
-    for capability in chosen.values():
+    chosen = [capability for capability, on in wanted.items() if on]
+    for capability in chosen:
         if not flavor.can(capability):
             said = capability.removesuffix("_identical").replace("_", "-")
             raise UserError(f"TensorRT {flavor.name} {flavor.version} cannot do --{said}: leave it out")
@@ -142,7 +150,7 @@ def _flags(flavor: Flavor, options: BuildOptions) -> tuple[str, ...]:
             f"{'--strip' if options.strip else '--refit'} needs an NVIDIA GPU where the engine is built, but {problem}: "
             "build there, or without it"
         )
-    return tuple(sorted(chosen))
+    return tuple(sorted(FLAGS[capability] for capability in chosen))
 
 
 def _targets(flavor: Flavor, wanted: tuple[str, ...]) -> tuple[str, ...]:

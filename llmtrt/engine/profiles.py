@@ -7,6 +7,7 @@ from llmtrt.engine.flavor import Flavor
 from llmtrt.engine.manifest import DECODE_STEPS, PREFILL_STEPS
 from llmtrt.engine.options import CONTEXT_STEP, BuildOptions
 from llmtrt.errors import UserError
+from llmtrt.graph.names import VALUE_ROWS
 
 Shape = tuple[int, ...]
 
@@ -70,6 +71,8 @@ def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Pro
     shapes = {}
     for name, shape in inputs.items():
         if -1 in shape:
+            if name != "kv_range" and not name.startswith(VALUE_ROWS):
+                raise _unknown(name)
             sizes = (CONTEXT_STEP, options.capacity) if name == "kv_range" else (1, options.capacity // CONTEXT_STEP)
             least, most = ((size, *shape[1:]) for size in sizes)
             shapes[name] = least, most, most
@@ -101,10 +104,12 @@ def _shapes(
     elif name.startswith("past_"):
         dims = (batch, *((size, size, size) for size in shape[1:]))
     else:
-        raise UserError(
-            f"the graph has an input {name!r}, which the graph contract does not know: make the package anew"
-        )
+        raise _unknown(name)
     return tuple(zip(*dims))
+
+
+def _unknown(name: str) -> UserError:
+    return UserError(f"the graph has an input {name!r}, which the graph contract does not know: make the package anew")
 
 
 def add_profiles(flavor: Flavor, builder: Any, config: Any, profiles: list[Profile]) -> None:
