@@ -3,7 +3,8 @@
 python tools/search_attention.py check [FORM…]   # every form against float64 on ONNX Runtime, and built; no GPU
 python tools/search_attention.py time [FORM…]    # on the GPU: relative error, microseconds a layer
 
-With KINDS=NONE,EAGER in the environment, of those kernel specializations.
+With KINDS=NONE,EAGER in the environment, of those kernel specializations; with TUNED=1024,0, of plans whose profile is tuned
+for so many rows (0, the default: for all of the cache's).
 
 Tried and dropped (µs a layer on an H100). benchmarks/gpu-attention-first.json: values by Mul + ReduceSum along the rows
 (110 to 178 behind 8,192, 68 to 108 by MatMul). gpu-attention-second.json: the cache of values as [1, Hkv · D, capacity, 1],
@@ -17,7 +18,6 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ HALF, INT64 = ir.DataType.FLOAT16, ir.DataType.INT64
 # capacity, rows that are seen
 CASES = ((1024, 256), (1024, 512), (1024, 1024), (8448, 2048), (8448, 8192), (33024, 512))
 KINDS = os.environ.get("KINDS", "NONE").split(",")
+TUNED = [int(rows) for rows in os.environ.get("TUNED", "0").split(",")]
 STEP = 256  # rows that contexts are a multiple of
 NATIVE = 0  # and not a number of splits
 FORMS: dict[str, int] = {"native": NATIVE} | {f"{splits} splits": splits for splits in (4, 8, 16)}
@@ -116,11 +117,11 @@ def error(found: np.ndarray, inputs: Arrays) -> float:
     return float(np.linalg.norm(found.reshape(-1) - wanted) / np.linalg.norm(wanted))
 
 
-def built(splits: int, capacity: int, layers: int) -> bytes:
-    most = capacity // STEP
-    shapes = {"kv_range": ((STEP,), (capacity,), (capacity,))}
+def built(splits: int, capacity: int, layers: int, tuned: int = 0) -> bytes:
+    tuned = min(tuned or capacity, capacity)
+    shapes = {"kv_range": ((STEP,), (tuned,), (capacity,))}
     if splits != NATIVE:
-        rows = tuple((size, STEP, KV_HEADS * DIM) for size in (1, most, most))
+        rows = tuple((size // STEP, STEP, KV_HEADS * DIM) for size in (STEP, tuned, capacity))
         shapes |= {f"value_rows_{index}": rows for index in range(layers)}
     return build(chain(splits, capacity, layers), shapes)
 
@@ -144,10 +145,9 @@ def check(names: list[str]) -> None:
         assert wrong < 2e-3
 
 
-def prepare(folder: Path, name: str, capacity: int, specialization: str) -> dict:
-    """Leaves the plan and its kernels for every length of this capacity in ``folder``."""
-    place = folder / f"{list(FORMS).index(name)}-{capacity}-{specialization}"
-    plan = built(FORMS[name], capacity, LAYERS)
+def prepare(place: Path, name: str, capacity: int, specialization: str, tuned: int) -> dict:
+    """Leaves the plan and its kernels for every length of this capacity beside ``place``."""
+    plan = built(FORMS[name], capacity, LAYERS, tuned)
     place.with_suffix(".plan").write_bytes(plan)
     found = {}
     for rows, length in CASES:
@@ -160,27 +160,32 @@ def prepare(folder: Path, name: str, capacity: int, specialization: str) -> dict
     return found
 
 
+def _title(name: str, tuned: int) -> str:
+    return f"{name}, tuned for {tuned} rows" if tuned else name
+
+
 def main() -> None:
     if sys.argv[1] == "check":
         check(sys.argv[2:])
         return
     results = {}
     capacities = sorted({capacity for capacity, _ in CASES})
-    cases = [(name, size, kind) for name in sys.argv[2:] or FORMS for size in capacities for kind in KINDS]
+    forms = sys.argv[2:] or FORMS
+    cases = [(name, size, kind, tuned) for name in forms for size in capacities for kind in KINDS for tuned in TUNED]
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(max(1, os.cpu_count() - 2), multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(partial(prepare, Path(folder)), *case) for case in cases]
-            for (name, capacity, kind), future in zip(cases, waiting):
-                where = results.setdefault(name, {})
+            places = [Path(folder) / str(index) for index in range(len(cases))]
+            waiting = [pool.submit(prepare, place, *case) for place, case in zip(places, cases)]
+            for (name, capacity, kind, tuned), future in zip(cases, waiting):
+                where = results.setdefault(_title(name, tuned), {})
                 try:
                     for length, wrong in future.result().items():
                         where[f"{length} of {capacity}, {kind}"] = {"relative_error": wrong}
                 except Exception as problem:  # noqa: BLE001 - a form that does not build is a result
                     where[f"{capacity}, {kind}"] = str(problem)[:300]
-        for name, capacity, kind in cases:
-            place = Path(folder) / f"{list(FORMS).index(name)}-{capacity}-{kind}"
+        for place, (name, capacity, kind, tuned) in zip(places, cases):
             for rows, length in CASES:
-                found = results[name].get(f"{length} of {capacity}, {kind}")
+                found = results[_title(name, tuned)].get(f"{length} of {capacity}, {kind}")
                 if rows != capacity or found is None:
                     continue
                 plan = place.with_suffix(".plan").read_bytes()
