@@ -18,7 +18,7 @@ class Pace:
     def step(self, prepared: int, behind: bool) -> tuple[int, float | None, bool]:
         """A step has ended: the tokens that came with it; the seconds since the step before it ended, None where something
         else came between or the device was made ready for a shape (``prepared`` has changed); and whether that is the time
-        of one step in a row: it ran right ``behind`` the one before, as that did."""
+        of one step in a row, with whatever is done about a token: it came right ``behind`` the one before, as that did."""
         now, last, tokens = time.perf_counter(), self._last, self.tokens
         in_a_row = behind and self._was_behind
         seconds = now - last if last is not None and prepared == self._prepared else None

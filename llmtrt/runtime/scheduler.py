@@ -256,10 +256,10 @@ class Scheduler:
                 self._device.stale(slot)
         for slot, draft, take in zip(decoding, drafts, takes):
             yield from self._verified(slot, draft, take)
-        self._stepped(len(decoding), behind=False)
+        self._stepped(len(decoding), behind=rows == 1)
 
     def _stepped(self, sequences: int, behind: bool) -> None:
-        """Reports what a step gave, and how long one takes that runs right ``behind`` another."""
+        """Reports what a step gave, and how long one of one row takes that came right ``behind`` another."""
         if self.speculation is None:
             return
         tokens, seconds, in_a_row = self._pace.step(self._session.prepared if self._device else 0, behind)
@@ -269,8 +269,8 @@ class Scheduler:
             self.speculation.gave(sequences, tokens, seconds)
 
     def _measured(self, sequences: int, rows: int, began: float, prepared: int) -> None:
-        """Reports how long a step took, unless the device had to be made ready for it."""
-        if self.speculation and not (self._device and self._session.prepared != prepared):
+        """Reports how long a step that checked drafts took, unless the device had to be made ready for it."""
+        if rows > 1 and self.speculation and not (self._device and self._session.prepared != prepared):
             self.speculation.measured(sequences, rows, time.perf_counter() - began)
 
     def _verified(self, slot: CacheSlot, draft: Draft, take: Callable[[int], Piece]) -> Iterator[Piece]:
