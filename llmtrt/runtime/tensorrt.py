@@ -106,7 +106,8 @@ class TrtSession:
         self._engines: dict[str, Any] = {}
         self._tensors: dict[str, tuple[Tensor, ...]] = {}  # of each engine
         self._contexts = ContextPool(self._make_context)
-        self._makes_ahead = not engine.streams  # whose contexts also hold room for weights
+        # Those of an engine that streams hold room for weights, and others' activations of their own.
+        self._makes_ahead = not engine.streams and allocation == "user"
         self._kernels: dict[str, KernelCache] = {}
         self._layout = 0  # changes whenever memory moves that contexts were told of
         self._reserved = (0, 0)  # slots and rows of each that may be used
