@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from llmtrt.errors import UserError
 
 CHUNK_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
+_UMASK = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -79,8 +81,9 @@ def _reporting_disk_errors(target: Path) -> Iterator[None]:
 
 
 def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
+    with _UMASK:  # which is the process's, and asked by setting it
+        current = os.umask(0o022)
+        os.umask(current)
     return current
 
 

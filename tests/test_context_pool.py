@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from llmtrt.errors import UserError
+from llmtrt.runtime import context_pool
 from llmtrt.runtime.context_pool import ContextPool
 
 
@@ -87,7 +88,7 @@ def test_what_is_not_captured_is_asked_itself(pool, making):
     assert pool.needs("a", 1, {"x": (2, 3)}) == 5 and prefill.asked == [{"x": (2, 3)}] and len(making.threads) == 1
 
 
-@pytest.mark.parametrize("kind", [UserError, RuntimeError])
+@pytest.mark.parametrize("kind", [UserError, RuntimeError, TypeError])
 def test_what_fails_ahead_is_told_to_whoever_needs_it(pool, making, kind):
     making.error = kind("no room")
     pool.make_ahead("a", 0)
@@ -96,6 +97,21 @@ def test_what_fails_ahead_is_told_to_whoever_needs_it(pool, making, kind):
         pool.get("a", 0)
     making.error = None
     assert pool.get("a", 0).name == "a, 0: 1"
+
+
+def test_an_interrupted_wait_forgets_nothing(pool, making, monkeypatch):
+    making.gate.clear()
+    pool.make_ahead("a", 0)
+
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context_pool, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.get("a", 0)
+    making.gate.set()
+    assert pool.get("a", 0).name == "a, 0: 1" and len(making.threads) == 1
 
 
 def test_closing_waits_for_what_is_under_way(pool, making):

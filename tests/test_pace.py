@@ -24,6 +24,16 @@ def test_only_a_step_behind_another_is_the_time_of_one(clock):
     assert timed.step(0, behind=True) == (0, 1.0, True)
 
 
+def test_what_runs_alone_behind_a_drained_queue_is_not_the_time_of_one(clock):
+    timed = pace.Pace()
+    timed.step(0, behind=True)
+    timed.tokens += 1  # the queue's last
+    timed.drained()
+    timed.tokens += 1
+    assert timed.step(0, behind=True) == (2, 1.0, False)
+    assert timed.step(0, behind=True) == (0, 1.0, True)
+
+
 def test_what_else_took_time_does_not_count(clock):
     timed = pace.Pace()
     timed.step(0, behind=True)

@@ -225,6 +225,25 @@ def test_a_cancelled_request_gives_no_more_of_its_draft(tmp_path, copying):
     assert [piece.finish_reason for piece in stream] == ["cancelled"]
 
 
+def test_a_pause_does_not_switch_off_what_pays():
+    """Whoever reads the tokens was away for as long as 100 steps, behind each 50."""
+    rng, speculation = np.random.default_rng(0), Speculation()
+    one = request([1, 2, 3, 1, 2, 3], most=100_000)
+    speculation._draft = lambda each, most: Draft([0] * most, "any") if most > 0 else NOTHING
+    drafted = 0
+    for step in range(1000):
+        (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], 64)
+        rows, accepted = 1 + len(draft.tokens), 0
+        speculation.measured(1, rows, COSTS["cheap rows"](rows))
+        while accepted < len(draft.tokens) and rng.random() < 0.8:
+            accepted += 1
+        if draft.tokens:
+            speculation.verified(draft, accepted)
+        speculation.gave(1, 1 + accepted, COSTS["cheap rows"](rows) + 100 * (step % 50 == 49))
+        drafted += bool(draft.tokens)
+    assert drafted > 900
+
+
 def test_what_costs_more_than_its_steps_say_is_left_off():
     """Drafts that promise 1.4 times the tokens, where going from one kind of step to the other takes as long as two."""
     cost, rng, speculation = COSTS["cheap rows"], np.random.default_rng(0), Speculation()

@@ -460,6 +460,10 @@ def test_a_runtime_that_does_not_start_says_why(engine, machine):
         with pytest.raises(CannotRunHere, match=rf"TensorRT rtx .* does not start \(.*{match}\): `llmtrt doctor`"):
             TrtSession(engine)
         assert not cuda.live and not cuda.streams
+    Runtime.reason = "Error Code 1: Cuda Runtime (cudaError 2: out of memory)"
+    with pytest.raises(UserError, match="does not start .*out of memory.*: close other programs") as told:
+        TrtSession(engine)
+    assert told.type is UserError
 
 
 def test_what_tensorrt_refuses_is_an_error_with_its_reason(engine, machine, monkeypatch):
@@ -526,6 +530,11 @@ def test_an_engine_that_does_not_fit_says_what_does_not(engine, machine, tmp_pat
     monkeypatch.setattr(sys.modules["tensorrt_rtx"].Runtime, "get_engine_validity", lambda *_: (2, 1))
     with pytest.raises(CannotRunHere, match=r"does not load .*engine\.plan \(it was built by another TensorRT version"):
         TrtSession(truncated)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["tensorrt_rtx"].Runtime, "deserialize_cuda_engine", lambda *_: None)
+        patch.setattr(sys.modules["tensorrt_rtx"].Runtime, "get_engine_validity", lambda *_: (2, 2))
+        with pytest.raises(CannotRunHere, match=r"\(it was not built for this GPU's compute capability\)"):
+            TrtSession(truncated)
     monkeypatch.setattr(sys.modules["tensorrt_rtx"].Runtime, "get_engine_validity", lambda *_: (2, 1 | 32))
     with pytest.raises(UserError, match=r"another TensorRT version and the plan is damaged") as told:
         TrtSession(truncated)
@@ -744,11 +753,12 @@ def test_graphs_are_as_many_as_slots_buckets_and_samplers(engine, machine, monke
 def test_the_next_bucket_finds_a_context(engine, machine, monkeypatch):
     """Made behind the capture before it; not where each context takes memory for activations of its own."""
     monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", 8)
-    longer = [SamplingParams(max_tokens=8, ignore_eos=True)]  # into the second bucket
-    for allocation in ("user", "static"):
+    for allocation, logprobs in (("user", None), ("user", 2), ("static", None)):
         _, trt = machine()
         session = TrtSession(engine, allocation=allocation)
-        tokens(session, [[1, 2, 3]], [SamplingParams(max_tokens=2, ignore_eos=True)])
+        short = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=logprobs)
+        longer = [dataclasses.replace(short, max_tokens=8)]  # into the second bucket
+        tokens(session, [[1, 2, 3]], [short])
         made = len(trt.contexts)
         monkeypatch.setattr(session._contexts, "make_ahead", lambda *_: None)
         assert tokens(session, [[1, 2, 3]], longer)
@@ -1071,9 +1081,10 @@ def test_weights_are_streamed_within_a_budget(streaming, machine, reference, ask
     assert not cuda.live
 
 
-def test_the_activations_of_a_session_that_streams_never_move(streaming, machine, reference):
+def test_the_activations_of_a_session_that_streams_never_move(streaming, machine, reference, monkeypatch):
     machine(engine=streaming, weights=500 << 20)
     session = TrtSession(streaming, weight_budget="50%")
+    monkeypatch.setattr(session._contexts, "make_ahead", lambda *_: 1 / 0)  # it would take room from weights
     places = set()
     for prompts, params in ((PROMPTS[:1], MIXED[:1]), (PROMPTS, MIXED), (PROMPTS[:1], ASKED["greedy"][:1])):
         assert tokens(session, prompts, params) == tokens(reference, prompts, params)

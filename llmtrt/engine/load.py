@@ -42,6 +42,10 @@ def make_runtime(flavor: Flavor, logger: Any, engine: Engine, trust_host_code: b
         runtime, reason = flavor.module.Runtime(logger), logger.reason()
     except TypeError as error:  # how most bindings report that there is none
         reason = logger.reason() or str(error)
+    if OUT_OF_MEMORY in reason:
+        raise UserError(
+            f"TensorRT {flavor.name} {flavor.version} does not start ({reason}): close other programs on the GPU"
+        )
     if reason:  # lean and dispatch hand out a null pointer that crashes when it is used
         raise CannotRunHere(
             f"TensorRT {flavor.name} {flavor.version} does not start ({reason}): `llmtrt doctor` shows driver and CUDA "
@@ -56,8 +60,8 @@ def deserialize(flavor: Flavor, runtime: Any, plan: Path, logger: Any, streams: 
     """The ICudaEngine of the file ``plan``; ``streams``: it was built for weight streaming, so its weights stay in host
     memory, and the file is read in pieces lest they be there twice.
 
-    Raises CannotRunHere for a plan that was made for another version, GPU or driver, UserError for one that is empty or
-    damaged or has no room.
+    Raises CannotRunHere for a plan of which TensorRT says that it was made for another version, GPU or driver (as those do
+    that can tell: see the flavor's "engine_validity"), UserError for one that is empty or damaged or has no room.
     """
     logger.clear()
     if not plan.stat().st_size:

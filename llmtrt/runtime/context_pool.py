@@ -1,9 +1,8 @@
 """The contexts of a session, and spare ones that are made while others run."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from llmtrt.errors import UserError
 from llmtrt.runtime.context import Context, Shapes
 
 Place = tuple[str, int]  # a plan and a profile of it
@@ -53,6 +52,7 @@ class ContextPool:
         """Waits for what ``make_ahead`` began: TensorRT makes one context at a time, and none during a capture."""
         if self._coming:
             place, future = self._coming
+            wait([future])  # where that is interrupted, it is still coming
             self._coming = None
             if (made := future.result()) is not None:
                 self._spare[place] = made
@@ -73,5 +73,5 @@ class ContextPool:
     def _attempt(self, plan: str, profile: int) -> Context | None:
         try:
             return self._make(plan, profile)
-        except (UserError, RuntimeError):
+        except Exception:  # noqa: BLE001
             return None  # whoever needs it makes it then, and hears why not

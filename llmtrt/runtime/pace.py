@@ -15,6 +15,10 @@ class Pace:
         """Something other than a decode step comes next, or came."""
         self._last, self._was_behind, self.tokens = None, False, 0
 
+    def drained(self) -> None:
+        """Nothing is under way any more: the next step runs behind none."""
+        self._was_behind = False
+
     def step(self, prepared: int, behind: bool) -> tuple[int, float | None, bool]:
         """A step has ended: the tokens that came with it; the seconds since the step before it ended, None where something
         else came between or the device was made ready for a shape (``prepared`` has changed); and whether that is the time

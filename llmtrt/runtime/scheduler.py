@@ -215,6 +215,7 @@ class Scheduler:
         """The tokens of all steps that are under way on the device."""
         while self._device.under_way:
             yield from self._take(self._device.tokens())
+        self._pace.drained()
 
     def _take(self, tokens: list[tuple[CacheSlot, Request, int]]) -> Iterator[Piece]:
         for slot, request, token in tokens:

@@ -12,6 +12,7 @@ _REST, _LONGEST_REST = 64, 256  # steps without a draft where drafts did not pay
 _JUDGED = 6  # steps from the first draft, after which what came is compared with what comes without
 _LOSS = 0.97  # of that, where it is called less
 _SAMPLES = 5  # times of steps of one size that are kept; their median counts, since other programs run now and then
+_LONGEST_STEP = 4  # times the slowest that is known
 _OLD = 256  # steps, after which the time of a step of one row is measured again
 _MEMORY = 0.95  # of what was seen, from one draft to the next
 _GIVEN_MEMORY = 0.95  # of what came, from one step to the next
@@ -129,7 +130,9 @@ class Speculation:
         found = [self._draft(request, min(limit, request.left) - 1) for request in requests]
         if not any(draft.tokens for draft in found) or self.seconds(len(found), 1) is None:
             return [NOTHING] * len(found)
-        if self._now - self._times[len(found), 1].at > _OLD:
+        one = self._times[len(found), 1]
+        if self._now - one.at > _OLD:
+            self._times[len(found), 1] = _Times(one.samples, self._now)  # asked for once, as prefill may prevent it
             self._rest = _SAMPLES + 2  # the first fill the queue
             return [NOTHING] * len(found)
         rows = self._rows(found, limit)
@@ -145,6 +148,11 @@ class Speculation:
         """So many tokens of ``sequences`` came in the time since the step before, whatever that was spent on."""
         if not self._counts:
             return
+        known = [
+            median(times.samples) for (count, _), times in self._times.items() if count == sequences and times.samples
+        ]
+        if known:  # no more than that of a pause, as of whoever reads the tokens
+            seconds = min(seconds, _LONGEST_STEP * max(known))
         before = self._given if self._given.sequences == sequences else _NONE_GIVEN
         self._given = _Given(
             sequences,
@@ -166,12 +174,15 @@ class Speculation:
         known = self._times.get((sequences, rows))
         if known is None or not known.samples:
             return None
-        return median(known.samples) * _FADES ** (self._now - known.at)
+        # That of one row is measured again, and not believed less till then.
+        return median(known.samples) * (1 if rows == 1 else _FADES ** (self._now - known.at))
 
     def forget(self, requests: Sequence[Request]) -> None:
         """Drops what is kept for ``requests``: no more drafts of theirs are asked for."""
         for request in requests:
             self._known.pop(id(request), None)
+        # What comes next may be another kind of text.
+        self._rest, self._next_rest = min(self._rest, _REST), _REST
 
     def verified(self, draft: Draft, accepted: int) -> None:
         """``accepted`` tokens of ``draft``, from its start, were right."""

@@ -54,8 +54,9 @@ class TrtSession:
     weights is filled from is compared with its SHA-256.
 
     Raises CannotRunHere if there is no GPU or driver, if the engine's flavor is not installed or has another version, and
-    if the plan was made for another GPU; UserError if the plan is damaged, or has no weights and its package is not found,
-    and, before the GPU is touched, if weights and the cache of one sequence need more memory than is free.
+    if the plan was made for another GPU, as far as TensorRT tells that; UserError if the plan is damaged, or has no weights
+    and its package is not found, and, before the GPU is touched, if weights and the cache of one sequence need more memory
+    than is free.
     """
 
     def __init__(
@@ -173,7 +174,9 @@ class TrtSession:
         self._logger.clear()
         if rows == wanted == 1 and first == 0:
             self._state.feed(input_ids, positions)
+            captured = self._loop.captured
             self._loop.logits(batch, self._bucket(last + 1))
+            self._make_ahead(captured, *self._profiles.decode(batch))
         else:
             room = self._reserved[1] - int(positions.min())
             profile, padded = self._profiles.padded(batch, rows, wanted, room)
