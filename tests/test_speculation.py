@@ -118,24 +118,35 @@ def request(prompt, most=1000):
     return Request(0, np.array(prompt), SamplingParams(max_tokens=most), spec, 5000, None, 0.0)
 
 
-def simulate(cost, share, steps=3000, seed=0):
-    """Tokens a second of a request whose drafts are right with probability ``share``, against one row a step; ``cost``:
-    seconds of a step by its rows."""
-    rng, speculation = np.random.default_rng(seed), Speculation()
+def play(speculation, cost, right, steps, extra=lambda step, rows: 0.0, told=True):
+    """Steps of one request whose drafts never end, of each: its rows, tokens and seconds. ``right(tokens)``: whether one
+    more of a draft's tokens is right, behind so many; ``extra(step, rows)``: seconds beside the ``cost`` of a step by its
+    rows, which it does not measure; ``told``: whether it hears of the time that goes by."""
     one = request([1, 2, 3, 1, 2, 3], most=100_000)
     speculation._draft = lambda each, most: Draft([0] * most, "any") if most > 0 else NOTHING
-    tokens = seconds = 0
-    for _ in range(steps):
+    tokens = 0
+    for step in range(steps):
         (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], 64)
         rows = 1 + len(draft.tokens)
         speculation.measured(1, rows, cost(rows))
         accepted = 0
-        while accepted < len(draft.tokens) and rng.random() < share(tokens):
+        while accepted < len(draft.tokens) and right(tokens):
             accepted += 1
         if draft.tokens:
             speculation.verified(draft, accepted)
-        speculation.gave(1, 1 + accepted, cost(rows))
-        tokens, seconds = tokens + 1 + accepted, seconds + cost(rows)
+        seconds = cost(rows) + extra(step, rows)
+        if told:
+            speculation.gave(1, 1 + accepted, seconds)
+        tokens += 1 + accepted
+        yield rows, 1 + accepted, seconds
+
+
+def simulate(cost, share, steps=3000, seed=0):
+    """Tokens a second of a request whose drafts are right with probability ``share``, against one row a step; ``cost``:
+    seconds of a step by its rows."""
+    rng = np.random.default_rng(seed)
+    played = list(play(Speculation(), cost, lambda tokens: rng.random() < share(tokens), steps))
+    _, tokens, seconds = map(sum, zip(*played))
     return tokens / seconds * cost(1)
 
 
@@ -227,46 +238,22 @@ def test_a_cancelled_request_gives_no_more_of_its_draft(tmp_path, copying):
 
 def test_a_pause_does_not_switch_off_what_pays():
     """Whoever reads the tokens was away for as long as 100 steps, behind each 50."""
-    rng, speculation = np.random.default_rng(0), Speculation()
-    one = request([1, 2, 3, 1, 2, 3], most=100_000)
-    speculation._draft = lambda each, most: Draft([0] * most, "any") if most > 0 else NOTHING
-    drafted = 0
-    for step in range(1000):
-        (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], 64)
-        rows, accepted = 1 + len(draft.tokens), 0
-        speculation.measured(1, rows, COSTS["cheap rows"](rows))
-        while accepted < len(draft.tokens) and rng.random() < 0.8:
-            accepted += 1
-        if draft.tokens:
-            speculation.verified(draft, accepted)
-        speculation.gave(1, 1 + accepted, COSTS["cheap rows"](rows) + 100 * (step % 50 == 49))
-        drafted += bool(draft.tokens)
-    assert drafted > 900
+    rng = np.random.default_rng(0)
+    right, pause = (lambda _: rng.random() < 0.8), (lambda step, _: 100 * (step % 50 == 49))
+    played = play(Speculation(), COSTS["cheap rows"], right, 1000, pause)
+    assert sum(rows > 1 for rows, _, _ in played) > 900
 
 
 def test_what_costs_more_than_its_steps_say_is_left_off():
-    """Drafts that promise 1.4 times the tokens, where going from one kind of step to the other takes as long as two."""
-    cost, rng, speculation = COSTS["cheap rows"], np.random.default_rng(0), Speculation()
-    one = request([1, 2, 3, 1, 2, 3], most=100_000)
-    speculation._draft = lambda each, most: Draft([0] * most, "any") if most > 0 else NOTHING
-    tokens, seconds, drafted = 0, 0.0, []
-    for step in range(2000):
-        (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], 64)
-        rows = 1 + len(draft.tokens)
-        taken = cost(rows) + (2 if draft.tokens else 0)
-        speculation.measured(1, rows, cost(rows))
-        accepted = int(rng.random() < 0.4) if draft.tokens else 0
-        if draft.tokens:
-            speculation.verified(draft, accepted)
-            drafted.append(step)
-        speculation.gave(1, 1 + accepted, taken)
-        tokens, seconds = tokens + 1 + accepted, seconds + taken
-    assert tokens / seconds * cost(1) > 0.9 and sum(step > 1000 for step in drafted) < 60
-    untold = Speculation()
-    untold._draft, untold.gave = speculation._draft, lambda *_: None
-    for _ in range(200):  # it is the time that went by that says so
-        (draft,) = [NOTHING] if untold.rests() else untold.drafts([one], 64)
-        untold.measured(1, 1 + len(draft.tokens), cost(1 + len(draft.tokens)))
-        if draft.tokens:
-            untold.verified(draft, int(rng.random() < 0.4))
-    assert untold.steps > 100
+    """Drafts that promise 1.6 times the tokens, where going from one kind of step to the other takes as long as two."""
+    cost = COSTS["cheap rows"]
+
+    def played(steps, told):
+        rng = np.random.default_rng(0)
+        right, change = (lambda _: rng.random() < 0.4), (lambda _, rows: 2 * (rows > 1))
+        return list(play(Speculation(), cost, right, steps, change, told))
+
+    found = played(2000, told=True)
+    _, tokens, seconds = map(sum, zip(*found))
+    assert tokens / seconds * cost(1) > 0.9 and sum(rows > 1 for rows, _, _ in found[1001:]) < 60
+    assert sum(rows > 1 for rows, _, _ in played(200, told=False)) > 100  # it is the time that went by that says so

@@ -71,9 +71,12 @@ def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Pro
     shapes = {}
     for name, shape in inputs.items():
         if -1 in shape:
-            if name != "kv_range" and not name.startswith(VALUE_ROWS):
+            if name == "kv_range":
+                sizes = CONTEXT_STEP, options.capacity
+            elif name.startswith(VALUE_ROWS):
+                sizes = 1, options.capacity // CONTEXT_STEP
+            else:
                 raise _unknown(name)
-            sizes = (CONTEXT_STEP, options.capacity) if name == "kv_range" else (1, options.capacity // CONTEXT_STEP)
             least, most = ((size, *shape[1:]) for size in sizes)
             shapes[name] = least, most, most
     return [Profile("one row", shapes)]

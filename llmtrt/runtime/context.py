@@ -10,7 +10,7 @@ import numpy as np
 from llmtrt.engine.flavor import Flavor
 from llmtrt.engine.logger import OUT_OF_MEMORY
 from llmtrt.errors import UserError
-from llmtrt.runtime.cuda import Cuda, Region
+from llmtrt.runtime.cuda import Cuda, Region, no_room
 from llmtrt.runtime.kernel_cache import KernelCache
 from llmtrt.runtime.tensors import Tensor
 
@@ -142,12 +142,10 @@ class Context:
     def run(self) -> None:
         """Puts one execution on the stream (enqueueV3). Raises UserError where the GPU's memory does not suffice."""
         if not self._context.execute_async_v3(self._cuda.stream):
-            if OUT_OF_MEMORY in (reason := self._logger.reason()):
-                raise UserError(
-                    f"the GPU has no room for what a step needs beside what was taken ({reason}): close other programs on "
-                    "it, or use a smaller max_batch or an engine with a smaller --max-seq"
-                )
-            raise RuntimeError(f"TensorRT could not run a step: {self._logger.reason() or 'it gave no reason'}")
+            reason = self._logger.reason()
+            if OUT_OF_MEMORY in reason:
+                raise no_room("what a step needs beside what was taken", reason)
+            raise RuntimeError(f"TensorRT could not run a step: {reason or 'it gave no reason'}")
 
 
 def _make(flavor: Flavor, engine: Any, settings: Settings, kernels: KernelCache) -> Any:

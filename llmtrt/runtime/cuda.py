@@ -189,10 +189,7 @@ class Cuda:
             self._rt.cudaGetLastError()  # or the next call that asks would report this one again
             text = self._rt.cudaGetErrorString(status)[1].decode(errors="replace")
             if status == errors.cudaErrorMemoryAllocation:
-                raise UserError(
-                    f"the GPU has no room for the memory that is needed ({name}: {text}): close other programs, or "
-                    "use a smaller max_batch or an engine with a smaller --max-seq"
-                )
+                raise no_room("the memory that is needed", f"{name}: {text}")
             if status in (
                 errors.cudaErrorInsufficientDriver,
                 errors.cudaErrorNoDevice,
@@ -203,6 +200,14 @@ class Cuda:
                 raise CannotRunHere(f"the GPU cannot be used ({text}): `llmtrt doctor` shows driver and CUDA versions")
             raise RuntimeError(f"{name} failed: {text}")
         return results[0] if len(results) == 1 else tuple(results)
+
+
+def no_room(needed: str, said: str) -> UserError:
+    """The GPU lacks memory for what is ``needed``, as CUDA or TensorRT ``said``."""
+    return UserError(
+        f"the GPU has no room for {needed} ({said}): close other programs, or use a smaller max_batch or an engine with a "
+        "smaller --max-seq"
+    )
 
 
 def _import() -> ModuleType:

@@ -14,8 +14,7 @@ _LOSS = 0.97  # of that, where it is called less
 _SAMPLES = 5  # times of steps of one size that are kept; their median counts, since other programs run now and then
 _LONGEST_STEP = 4  # times the slowest that is known
 _OLD = 256  # steps, after which the time of a step of one row is measured again
-_MEMORY = 0.95  # of what was seen, from one draft to the next
-_GIVEN_MEMORY = 0.95  # of what came, from one step to the next
+_MEMORY = 0.95  # of what was seen, from one draft or step to the next
 _FASTER = 1.02  # what drafts have to promise
 _FADES = 0.9995  # a time, with every step that goes by, so that what was slow once is tried again
 _GUESS = (1.0, 2.0)  # tokens that were right and tokens that were checked, before any were
@@ -78,6 +77,10 @@ class _Times:
     samples: tuple[float, ...]  # seconds
     at: int  # after how many steps the last was measured
 
+    @property
+    def seconds(self) -> float | None:
+        return median(self.samples) if self.samples else None
+
 
 @dataclass(frozen=True)
 class _Given:
@@ -108,7 +111,7 @@ class Speculation:
         self._now = 0  # steps so far
         self._right: dict[Hashable, tuple[float, float]] = {}  # by kind
         self._rest, self._next_rest, self._is_trial, self._checked, self._hits = 0, _REST, False, 0, 0
-        self._counts, self._given = False, _NONE_GIVEN
+        self._given: _Given | None = None  # until a draft was checked
         self.steps = self.drafted = self.accepted = 0
 
     def rests(self) -> bool:
@@ -146,19 +149,19 @@ class Speculation:
 
     def gave(self, sequences: int, tokens: int, seconds: float) -> None:
         """So many tokens of ``sequences`` came in the time since the step before, whatever that was spent on."""
-        if not self._counts:
+        if self._given is None:
             return
-        known = [
-            median(times.samples) for (count, _), times in self._times.items() if count == sequences and times.samples
-        ]
-        if known:  # no more than that of a pause, as of whoever reads the tokens
+        times = [self._times[sequences, rows].seconds for rows in _ROWS if (sequences, rows) in self._times]
+        if known := [
+            each for each in times if each is not None
+        ]:  # no more than that of a pause, as of whoever reads the tokens
             seconds = min(seconds, _LONGEST_STEP * max(known))
         before = self._given if self._given.sequences == sequences else _NONE_GIVEN
         self._given = _Given(
             sequences,
             before.steps + 1,
-            before.tokens * _GIVEN_MEMORY + tokens,
-            before.seconds * _GIVEN_MEMORY + seconds,
+            before.tokens * _MEMORY + tokens,
+            before.seconds * _MEMORY + seconds,
         )
 
     def measured(self, sequences: int, rows: int, seconds: float) -> None:
@@ -172,10 +175,10 @@ class Speculation:
     def seconds(self, sequences: int, rows: int) -> float | None:
         """Of such a step, as far as is known; None where it was not seen twice."""
         known = self._times.get((sequences, rows))
-        if known is None or not known.samples:
+        if known is None or known.seconds is None:
             return None
         # That of one row is measured again, and not believed less till then.
-        return median(known.samples) * (1 if rows == 1 else _FADES ** (self._now - known.at))
+        return known.seconds * (1 if rows == 1 else _FADES ** (self._now - known.at))
 
     def forget(self, requests: Sequence[Request]) -> None:
         """Drops what is kept for ``requests``: no more drafts of theirs are asked for."""
@@ -191,7 +194,7 @@ class Speculation:
             right * _MEMORY + accepted,
             checked * _MEMORY + min(accepted + 1, len(draft.tokens)),
         )
-        self._counts = True
+        self._given = self._given or _NONE_GIVEN
         self._checked += 1
         self._hits += accepted > 0
         self.steps += 1
@@ -208,12 +211,13 @@ class Speculation:
         return drafter.draft(token_ids, most)
 
     def _begin_rest(self) -> None:
-        self._rest, self._is_trial, self._counts, self._given = self._next_rest, False, False, _NONE_GIVEN
+        self._rest, self._is_trial, self._given = self._next_rest, False, None
         self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
 
     def _loses(self) -> bool:
-        """Whether fewer tokens came than without drafts."""
-        given, one = self._given, self.seconds(self._given.sequences, 1)
+        """Whether fewer tokens came than without drafts; where more did, the next rest is a short one."""
+        given = self._given
+        one = self.seconds(given.sequences, 1) if given else None
         if one is None or given.steps < _JUDGED:
             return False
         ratio = given.tokens / given.sequences * one / given.seconds

@@ -174,9 +174,8 @@ class TrtSession:
         self._logger.clear()
         if rows == wanted == 1 and first == 0:
             self._state.feed(input_ids, positions)
-            captured = self._loop.captured
-            self._loop.logits(batch, self._bucket(last + 1))
-            self._make_ahead(captured, *self._profiles.decode(batch))
+            if self._loop.logits(batch, self._bucket(last + 1)):
+                self._make_ahead(*self._profiles.decode(batch))
         else:
             room = self._reserved[1] - int(positions.min())
             profile, padded = self._profiles.padded(batch, rows, wanted, room)
@@ -204,14 +203,14 @@ class TrtSession:
 
     def _check(self, input_ids: np.ndarray, positions: np.ndarray, chooses: bool) -> None:
         batch, rows = input_ids.shape
-        last, captured = int(positions.max()), self._loop.captured
+        last = int(positions.max())
         self._require_reserved(0, batch, rows, last)
         # Of one sequence as many as there will ever be: where they move, everything is captured anew.
         self._grow_logits(max(batch * rows, self.check_rows) * self.spec.vocab_size)
         self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
         self._logger.clear()
-        self._loop.check(batch, rows, self._bucket(last + 1), chooses)
-        self._make_ahead(captured, PLAN, self._profiles.prefill)
+        if self._loop.check(batch, rows, self._bucket(last + 1), chooses):
+            self._make_ahead(PLAN, self._profiles.prefill)
 
     def _fetch_logits(self, batch: int, wanted: int) -> np.ndarray:
         logits = self._host_logits[: batch * wanted * self.spec.vocab_size]
@@ -249,9 +248,8 @@ class TrtSession:
         if slots > reserved or length > room:
             raise ValueError(f"a step of {slots} slots up to row {length} is more than what was reserved")
         self._logger.clear()
-        captured = self._loop.captured
-        self._loop.start(self._state, slots, self._bucket(length), not greedy)
-        self._make_ahead(captured, *self._profiles.decode(slots))
+        if self._loop.start(self._state, slots, self._bucket(length), not greedy):
+            self._make_ahead(*self._profiles.decode(slots))
 
     def tokens(self) -> np.ndarray:
         """See ``DeviceSession``."""
@@ -368,9 +366,9 @@ class TrtSession:
         kernels.save()
         return context
 
-    def _make_ahead(self, captured: int, plan: str, profile: int) -> None:
-        """Has a context made for the next shape, where one was just captured beyond ``captured``."""
-        if self._makes_ahead and self._loop.captured != captured:
+    def _make_ahead(self, plan: str, profile: int) -> None:
+        """Has a context made for the shape that follows the one just captured."""
+        if self._makes_ahead:
             self._contexts.make_ahead(plan, profile)
 
     def _decoder(self, batch: int, bucket: int) -> Context:
@@ -457,10 +455,10 @@ class TrtSession:
         return context
 
     def _shapes(
-        self, inputs: Sequence[Tensor], profile: int, batch: int, rows: int, wanted: int, length: int
+        self, tensors: Sequence[Tensor], profile: int, batch: int, rows: int, wanted: int, length: int
     ) -> Shapes:
         named = {"input_ids": (batch, rows), "positions": (batch, rows), "logits_index": (batch, wanted)}
-        for each in inputs:
+        for each in tensors:
             if each.name == "decode_rows":
                 named[each.name] = (int(self._profiles.decodes(profile)),)
             elif each.name.startswith(VALUE_ROWS):
@@ -468,8 +466,7 @@ class TrtSession:
         return named | {"kv_range": (length,)} | self._kv.shapes(batch)
 
     def _step_needs(self, plan: str, profile: int, *shapes: int) -> int:
-        inputs = [tensor for tensor in self._tensors[plan] if tensor.is_input]
-        return self._contexts.needs(plan, profile, self._shapes(inputs, profile, *shapes))
+        return self._contexts.needs(plan, profile, self._shapes(self._tensors[plan], profile, *shapes))
 
     def _bucket(self, length: int) -> int:
         """The rows of cache that a step sees whose last position is ``length`` − 1. Each is a shape of its own, with a graph

@@ -35,8 +35,7 @@ def _exchange(node: ir.Node) -> None:
     signs = new.constant(np.array([[-1], [1]], x.dtype.numpy()))
     cos, sin = (new.op("Reshape", each, new.ints(1, half)) for each in (cos, sin))
     y = new.op("Add", new.op("Mul", halves, cos), new.op("Mul", exchanged, new.op("Mul", sin, signs)))
-    y = new.op("Reshape", y, new.ints(1, heads, 1, dim))
-    new.replace(y)
+    new.replace(new.op("Reshape", y, new.ints(1, heads, 1, dim)))
 
 
 LOWERING = Lowering("one_row_rotation", _applies, _apply)
