@@ -7,7 +7,6 @@ import functools
 import types
 import weakref
 from collections import Counter
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -65,7 +64,6 @@ class FakeCuda(types.ModuleType):
     def __init__(self, total: int = 1 << 30):
         super().__init__("cuda.bindings.runtime")
         self.total, self.live, self.streams = total, {}, set()
-        self.apart = set()  # streams on which nothing was put but what a context sets up
         self.ended, self.calls = [], Counter()
         self._queue, self._put_so_far, self._done = [], 0, 0
         self._capture = None
@@ -123,14 +121,6 @@ class FakeCuda(types.ModuleType):
         self._queue.append(work)
         self._put_so_far += 1
 
-    def is_captured(self, context) -> bool:
-        """Whether a graph that lives runs ``context``."""
-        return any(
-            work.context is not None and work.context() is context
-            for graph in self.executables.values()
-            for work in graph.work
-        )
-
     @property
     def capturing(self) -> bool:
         return self._capture is not None
@@ -180,15 +170,13 @@ class FakeCuda(types.ModuleType):
 
     def cudaStreamDestroy(self, stream):
         self.streams.remove(stream)
-        if stream not in self.apart:
-            assert not self._queue
-            self.ended.append("stream")
+        assert not self._queue
+        self.ended.append("stream")
         return (0,)
 
     def cudaStreamSynchronize(self, stream):
         assert stream in self.streams
-        if stream not in self.apart:
-            self._run(self._put_so_far)
+        self._run(self._put_so_far)
         return (0,)
 
     def cudaMemGetInfo(self):
@@ -307,18 +295,6 @@ class FakeCuda(types.ModuleType):
 
     def cudaGetErrorString(self, status):
         return 0, b"out of memory" if status == 1 else b"another error"
-
-
-class AtOnce:
-    """An executor whose work is done when it is given: whatever else happens, it happens in one order."""
-
-    def __init__(self, workers, name):
-        self.shutdown = lambda: None
-
-    def submit(self, work, *arguments):
-        done = Future()
-        done.set_result(work(*arguments))
-        return done
 
 
 class Severity(IntEnum):
@@ -571,7 +547,6 @@ class FakeContext:
 
     def set_optimization_profile_async(self, profile, stream):
         assert self.profile is None and stream in self.cuda.streams and not self.cuda.capturing
-        self.cuda.apart.add(stream)
         self.profile, self.bounds = profile, self.engine.bounds(profile)
         if self.strategy != "user":
             count = self.engine.num_optimization_profiles
@@ -586,10 +561,8 @@ class FakeContext:
 
     def set_input_shape(self, name, shape):
         low, _, high = self.bounds[name]
-        if self.shapes.get(name) != tuple(shape):
-            assert not self.cuda.is_captured(self), "a graph lives that was captured with other shapes"
-            if self.strategy == "user":
-                self.memory = None  # until it is asked again how much it needs
+        if self.shapes.get(name) != tuple(shape) and self.strategy == "user":
+            self.memory = None  # until it is asked again how much it needs
         self.shapes[name] = tuple(shape)
         return len(shape) == len(low) and all(a <= b <= c for a, b, c in zip(low, shape, high))
 

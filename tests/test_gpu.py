@@ -168,6 +168,37 @@ def test_every_kernel_specialization_gives_the_same_tokens(made, sessions, strat
     assert greedy(on_gpu, [prompt]) == greedy(on_cpu, [prompt])
 
 
+@pytest.mark.parametrize("strategy", ["LAZY", "EAGER", "NONE"])
+@pytest.mark.parametrize("name", ["stories-int4", "smollm2-int4"])
+def test_graphs_of_one_context_do_not_disturb_each_other(made, name, strategy):
+    """Shapes that take turns, captured and not; specialized kernels may be others by the time of a capture."""
+    package, engine = made(name)
+    if not choose(need="run").can("kernel_specialization"):
+        pytest.skip("this flavor has no kernel specialization")
+    ids, where = np.resize(tokens(package, 60), 512), [(1, 100), (2, 100), (16, 200), (1, 300), (4, 300), (16, 400)]
+    seen = []
+    for graphs in (True, False):
+        session = TrtSession(engine, cuda_graphs=graphs, kernel_specialization=strategy)
+        try:
+            *_, last = logits_of(session, ids[:500], 64)
+            found = [last]
+            for rows, start in where * 3:
+                places = start + np.arange(rows)[None]
+                found.append(
+                    session.row_logits(ids[places], places)
+                    if rows > 1
+                    else session.step(ids[places], places, np.zeros((1, 1), np.int64))
+                )
+        finally:
+            session.close()
+        seen.append([each.copy() for each in found])
+    for captured, eager in zip(*seen):
+        assert np.abs(captured - eager).max() <= (0 if strategy == "NONE" else 1e-2) * np.ptp(eager)
+    # The latest turn is the first one's, but for what other shapes leave in the cache, whose last bits may be others.
+    first, latest = seen[0][1 : 1 + len(where)], seen[0][-len(where) :]
+    assert all(np.abs(one - other).max() <= 1e-2 * np.ptp(one) for one, other in zip(first, latest))
+
+
 def test_streamed_weights_give_the_same_tokens(made, sessions, tmp_path):
     package, _ = made("smollm2-int4")
     engine = build(package.path, tmp_path / "engine", max_seq=128, chunk=64, weight_streaming=True).engine

@@ -26,7 +26,7 @@ from llmtrt.graph.structure import load_graph
 from llmtrt.package import open_package
 from llmtrt.quantization.pipeline import quantize
 from llmtrt.quantization.recipe import Recipe
-from llmtrt.runtime import context_pool, kernel_cache
+from llmtrt.runtime import kernel_cache
 from llmtrt.runtime import tensorrt as runtime
 from llmtrt.runtime.context import Context
 from llmtrt.runtime.cuda import Region
@@ -63,7 +63,6 @@ def built_small(package, output, **options):
 def machine(engine, monkeypatch):
     """Replaces GPU, CUDA and TensorRT; ``machine(...)`` again changes what they are. ``free``: what NVML says."""
     monkeypatch.setenv(kernel_cache.FOLDER, "")
-    monkeypatch.setattr(context_pool, "ThreadPoolExecutor", fake_gpu.AtOnce)
 
     def replace(
         total: int = 1 << 30, version: str | None = None, gpus: Gpus = fake_gpu.GPU, free: int | None = None, **options
@@ -277,9 +276,9 @@ def test_tensorrt_goes_before_what_it_uses(engine, machine):
     contexts = len(trt.contexts)
     cuda.ended.clear()
     session.close()
-    assert contexts == 5  # prefill, one bucket of decode and the spare one for the next, the two samplers
-    assert cuda.ended[:10] == ["graph"] + ["context"] * 5 + ["engine"] * 3 + ["runtime"]
-    assert cuda.ended[10:12] == ["event"] * 2 and {*cuda.ended[12:-1]} == {"memory"} and cuda.ended[-1] == "stream"
+    assert contexts == 4  # prefill, decode and the two samplers
+    assert cuda.ended[:9] == ["graph"] + ["context"] * 4 + ["engine"] * 3 + ["runtime"]
+    assert cuda.ended[9:11] == ["event"] * 2 and {*cuda.ended[11:-1]} == {"memory"} and cuda.ended[-1] == "stream"
     assert not cuda.live and not cuda.events and not cuda.executables and not cuda.graphs
 
 
@@ -478,7 +477,7 @@ def test_what_tensorrt_refuses_is_an_error_with_its_reason(engine, machine, monk
             step_all(session, 2, 2)  # from here on the contexts are prepared
             log(1, "an old complaint")
         else:
-            for context in session._contexts._given.values():
+            for context in session._contexts.values():
                 context.state = context.shapes = None
         with monkeypatch.context() as patch:
             patch.setattr(fake_gpu.FakeContext, name, lambda *_: log(1, "out of cheese"))
@@ -746,24 +745,8 @@ def test_graphs_are_as_many_as_slots_buckets_and_samplers(engine, machine, monke
                 tokens(session, [PROMPTS[0]] * copies, [dataclasses.replace(params, ignore_eos=True)] * copies)
     # 8, 16, 24, 32 and 40 rows of one or two slots and either sampler; a first token comes from the prefill.
     assert cuda.most_executables == len(cuda.executables) == 5 * 2 * 2
-    assert len(trt.contexts) == 5 * 2 + 1 + 1 + 2 * 2  # with a spare one of decode, and prefill
+    assert len(trt.contexts) == 4  # prefill, decode and the two samplers
     session.close()
-
-
-def test_the_next_bucket_finds_a_context(engine, machine, monkeypatch):
-    """Made behind the capture before it; not where each context takes memory for activations of its own."""
-    monkeypatch.setattr(runtime, "_SMALLEST_CONTEXT", 8)
-    for allocation, logprobs in (("user", None), ("user", 2), ("static", None)):
-        _, trt = machine()
-        session = TrtSession(engine, allocation=allocation)
-        short = SamplingParams(max_tokens=2, ignore_eos=True, logprobs=logprobs)
-        longer = [dataclasses.replace(short, max_tokens=8)]  # into the second bucket
-        tokens(session, [[1, 2, 3]], [short])
-        made = len(trt.contexts)
-        monkeypatch.setattr(session._contexts, "make_ahead", lambda *_: None)
-        assert tokens(session, [[1, 2, 3]], longer)
-        assert len(trt.contexts) - made == (0 if allocation == "user" else 1)
-        session.close()
 
 
 QUEUE = [np.random.default_rng(seed).integers(0, 97, 1 + 5 * seed % 23).tolist() for seed in range(9)]
@@ -919,7 +902,7 @@ def test_outputs_that_overlap_inputs_are_refused(engine, machine):
     ):
         with pytest.raises(RuntimeError, match=f"the output logits would overwrite the input {name}"):
             decoder.bind(places | {name: place}, session._activations)
-    sampler = session._sampler(1, True)
+    sampler = session._sampler(SAMPLER, 1, session._state.places())
     own = session._state.places() | {"logits": session._logits}
     with pytest.raises(RuntimeError, match="the output next_seen would overwrite the input seen"):
         sampler.bind(own | {"next_seen": own["seen"]}, session._activations)
@@ -1084,7 +1067,6 @@ def test_weights_are_streamed_within_a_budget(streaming, machine, reference, ask
 def test_the_activations_of_a_session_that_streams_never_move(streaming, machine, reference, monkeypatch):
     machine(engine=streaming, weights=500 << 20)
     session = TrtSession(streaming, weight_budget="50%")
-    monkeypatch.setattr(session._contexts, "make_ahead", lambda *_: 1 / 0)  # it would take room from weights
     places = set()
     for prompts, params in ((PROMPTS[:1], MIXED[:1]), (PROMPTS, MIXED), (PROMPTS[:1], ASKED["greedy"][:1])):
         assert tokens(session, prompts, params) == tokens(reference, prompts, params)
@@ -1380,6 +1362,6 @@ def test_a_step_that_was_not_bound_whole_leaves_nothing_behind(engine, machine, 
             step(1)
     session.reserve(3, 20)
     step(0)
-    bound = session._contexts.get(PLAN, 1)._context.addresses["past_key_0"]
+    bound = session._contexts[PLAN, 1]._context.addresses["past_key_0"]
     assert bound == session._kv.places(0)["past_key_0"].address != session._kv.places(1)["past_key_0"].address
     session.close()

@@ -45,8 +45,7 @@ class Settings:
 
 class Context:
     """One IExecutionContext of ``engine``, whose tensors are ``tensors``, in one optimization ``profile``; ``state`` is the
-    caller's note of what it is prepared for, ``shapes`` the inputs' shapes as they are set. It may be made in any thread.
-    """
+    caller's note of what it is prepared for, ``shapes`` the inputs' shapes as they are set."""
 
     def __init__(
         self,
@@ -62,10 +61,9 @@ class Context:
         self._cuda, self._logger = cuda, logger
         self._user_managed = settings.allocation == "user"
         self._context = _make(flavor, engine, settings, kernels)
-        if self._context is None or not cuda.apart(
-            lambda stream: self._context.set_optimization_profile_async(profile, stream)
-        ):
+        if self._context is None or not self._context.set_optimization_profile_async(profile, cuda.stream):
             raise UserError(f"TensorRT cannot make an execution context: {logger.reason() or 'it gave no reason'}")
+        cuda.synchronize()
         self.profile = profile
         self.state: object = None
         self.shapes: Shapes | None = None

@@ -3,13 +3,12 @@
 import ctypes
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmtrt.errors import CannotRunHere, UserError
 
-T = TypeVar("T")
 INSTALL = "pip install 'cuda-bindings==12.*'"  # 12 works with every driver that runs our engines; 13 needs driver 580
 
 
@@ -33,8 +32,8 @@ class Cuda:
         self._host: set[int] = set()
         self._graphs: list[Any] = []
         self._events: list[Any] = []
-        self._index = device
-        self._stream = self._open()
+        self._call("cudaSetDevice", device)
+        self._stream = self._call("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking)
 
     @property
     def stream(self) -> int:
@@ -140,16 +139,6 @@ class Cuda:
         """Waits on the host until what ``record`` marked is done; raises what went wrong in it."""
         self._call("cudaEventSynchronize", event)
 
-    def apart(self, work: Callable[[int], T]) -> T:
-        """What ``work`` gives, which is told the handle of a stream of its own; waits for that alone. For any thread."""
-        stream = self._open()
-        try:
-            result = work(int(stream))
-            self._call("cudaStreamSynchronize", stream)
-            return result
-        finally:
-            self._rt.cudaStreamDestroy(stream)
-
     def synchronize(self) -> None:
         """Waits until the stream's work is done; raises what went wrong in it."""
         self._call("cudaStreamSynchronize", self._stream)
@@ -177,10 +166,6 @@ class Cuda:
             rt.cudaFreeHost(address)
         self._events, self._device, self._host = [], {}, set()
         rt.cudaStreamDestroy(stream)
-
-    def _open(self) -> Any:
-        self._call("cudaSetDevice", self._index)  # each thread begins with the first
-        return self._call("cudaStreamCreateWithFlags", self._rt.cudaStreamNonBlocking)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *results = getattr(self._rt, name)(*arguments)

@@ -137,18 +137,17 @@ class DecodeLoop:
         """Nobody asks for the tokens of the steps under way."""
         self._under_way.clear()
 
-    def start(self, state: DecodeState, slots: int, bucket: int, sampled: bool) -> bool:
-        """Puts one step of the first ``slots`` slots on the stream; whether it was captured for that."""
+    def start(self, state: DecodeState, slots: int, bucket: int, sampled: bool) -> None:
+        """Puts one step of the first ``slots`` slots on the stream."""
         if len(self._under_way) == len(self._events):
             raise ValueError("two steps are under way: ask for the tokens of the first")
         contexts = partial(self._decoder, slots, bucket, sampled)
         after = partial(state.advance, slots, sampled)
-        is_new = self._launch((slots, bucket, sampled), contexts, self._runs_first, after)
+        self._launch((slots, bucket, sampled), contexts, self._runs_first, after)
         tokens, event = state.fetch(self._turn, slots), self._events[self._turn % 2]
         self._cuda.record(event)
         self._under_way.append((event, tokens))
         self._turn += 1
-        return is_new
 
     def tokens(self) -> np.ndarray:
         """Waits for the earliest step under way: int64 [slots]; −1: the logits were not numbers."""
@@ -156,15 +155,15 @@ class DecodeLoop:
         self._cuda.wait(event)
         return tokens.copy()
 
-    def check(self, slots: int, rows: int, bucket: int, chooses: bool) -> bool:
+    def check(self, slots: int, rows: int, bucket: int, chooses: bool) -> None:
         """As ``start``, one step of ``rows`` rows of each slot, which ends with the logits of all or (``chooses``) the
         likeliest token behind each; inputs and outputs are where ``checker`` bound them."""
         contexts = partial(self._checker, slots, rows, bucket, chooses)
-        return self._launch((slots, rows, bucket, "check", chooses), contexts, True)
+        self._launch((slots, rows, bucket, "check", chooses), contexts, True)
 
-    def logits(self, slots: int, bucket: int) -> bool:
+    def logits(self, slots: int, bucket: int) -> None:
         """As ``start``, one step that ends with its logits."""
-        return self._launch((slots, bucket, None), partial(self._decoder, slots, bucket, None), self._runs_first)
+        self._launch((slots, bucket, None), partial(self._decoder, slots, bucket, None), self._runs_first)
 
     def _launch(
         self,
@@ -172,11 +171,11 @@ class DecodeLoop:
         contexts: Callable[[], Contexts],
         runs_first: bool,
         after: Callable[[], None] = lambda: None,
-    ) -> bool:
-        """Whether it was captured for that. ``runs_first``: the model runs once before it is."""
+    ) -> None:
+        """``runs_first``: the model runs once before the step is captured."""
         if key in self._graphs:
             self._cuda.launch(self._graphs[key])
-            return False
+            return
         contexts()
         found = contexts()  # to make the second ready may move the activations that the first was told of
 
@@ -190,7 +189,7 @@ class DecodeLoop:
 
         if not self._captures:
             step()
-            return False
+            return
         # Decoder and sampler without a run before it: once they have run outside of a graph, each kernel of every graph of
         # the process begins 0.35 µs later, 5 % of a token (H100 and H200, driver 580). Prefill does not do that, and sets
         # up in its first run what cannot be set up in a capture.
@@ -203,7 +202,6 @@ class DecodeLoop:
             self._graphs[key] = self._capture(step)
         self.captured += 1
         self._cuda.launch(self._graphs[key])
-        return True
 
     def _capture(self, step: Callable[[], None]) -> object:
         return self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))

@@ -17,7 +17,6 @@ from llmtrt.errors import CannotRunHere, UserError
 from llmtrt.graph.names import VALUE_ROWS
 from llmtrt.package import Package
 from llmtrt.runtime.context import Context, Settings, Shapes
-from llmtrt.runtime.context_pool import ContextPool
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.decode import DecodeLoop, DecodeState
 from llmtrt.runtime.footprint import Footprint, MemoryUse, predict, room_for_weights, state_bytes
@@ -39,10 +38,14 @@ _NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16}
 class TrtSession:
     """A ``DeviceSession`` on TensorRT, on the machine's first GPU.
 
-    Contexts for prefill, for decode (S = K = 1) and for the sampler (one for each number of slots and context bucket, as a
-    captured CUDA graph needs its own) share the weights, the KV cache, which each layer updates in place, and one block of
-    activation memory, since no two of them run at the same time. A step of one slot has a plan of its own where the engine
-    has one.
+    Contexts for prefill, for decode (S = K = 1) and for the sampler share the weights, the KV cache, which each layer
+    updates in place, and one block of activation memory, since no two of them run at the same time. A step of one slot has a
+    plan of its own where the engine has one.
+
+    Each profile has one context, from which a CUDA graph is captured for each shape that comes. NVIDIA's developer guide
+    advises a context for each graph; its TensorRT Edge-LLM (EngineExecutor) has one for all. To make one takes TensorRT 8 to
+    15 ms a layer, during which no step begins; to give it other shapes and capture a step, some 10 ms in all (TensorRT-RTX
+    1.6.1, H100). That the graphs do not disturb each other is tested in tests/test_gpu.py.
 
     ``package``: fills a plan without weights, or one that takes any, instead of the package it was built from.
     ``allocation``: "user" (one block for all, as large as the shapes in use need), "profile" or "static" (TensorRT
@@ -106,9 +109,8 @@ class TrtSession:
         self._runtime: Any = None
         self._engines: dict[str, Any] = {}
         self._tensors: dict[str, tuple[Tensor, ...]] = {}  # of each engine
-        self._contexts = ContextPool(self._make_context)
-        # Those of an engine that streams hold room for weights, and others' activations of their own.
-        self._makes_ahead = not engine.streams and allocation == "user"
+        self._contexts: dict[tuple[str, int], Context] = {}  # by plan and profile
+        self._needed: dict[tuple, int] = {}  # bytes of activations by plan, profile and shapes
         self._kernels: dict[str, KernelCache] = {}
         self._layout = 0  # changes whenever memory moves that contexts were told of
         self._reserved = (0, 0)  # slots and rows of each that may be used
@@ -174,8 +176,7 @@ class TrtSession:
         self._logger.clear()
         if rows == wanted == 1 and first == 0:
             self._state.feed(input_ids, positions)
-            if self._loop.logits(batch, self._bucket(last + 1)):
-                self._make_ahead(*self._profiles.decode(batch))
+            self._loop.logits(batch, self._bucket(last + 1))
         else:
             room = self._reserved[1] - int(positions.min())
             profile, padded = self._profiles.padded(batch, rows, wanted, room)
@@ -209,8 +210,7 @@ class TrtSession:
         self._grow_logits(max(batch * rows, self.check_rows) * self.spec.vocab_size)
         self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
         self._logger.clear()
-        if self._loop.check(batch, rows, self._bucket(last + 1), chooses):
-            self._make_ahead(PLAN, self._profiles.prefill)
+        self._loop.check(batch, rows, self._bucket(last + 1), chooses)
 
     def _fetch_logits(self, batch: int, wanted: int) -> np.ndarray:
         logits = self._host_logits[: batch * wanted * self.spec.vocab_size]
@@ -248,8 +248,7 @@ class TrtSession:
         if slots > reserved or length > room:
             raise ValueError(f"a step of {slots} slots up to row {length} is more than what was reserved")
         self._logger.clear()
-        if self._loop.start(self._state, slots, self._bucket(length), not greedy):
-            self._make_ahead(*self._profiles.decode(slots))
+        self._loop.start(self._state, slots, self._bucket(length), not greedy)
 
     def tokens(self) -> np.ndarray:
         """See ``DeviceSession``."""
@@ -274,7 +273,6 @@ class TrtSession:
     def close(self) -> None:
         """See ``Session``."""
         try:
-            self._contexts.settle()
             for kernels in self._kernels.values():
                 kernels.save()
         finally:
@@ -283,8 +281,7 @@ class TrtSession:
             if self._loop is not None:
                 self._loop.close()  # a generator that nobody finished still holds it
             self._loop = None
-            self._contexts.close()
-            self._kernels, self._engines = {}, {}
+            self._contexts, self._kernels, self._engines = {}, {}, {}
             self._runtime = None
             self._state = None
             self._cuda.close()
@@ -360,20 +357,19 @@ class TrtSession:
         """The tensors of each plan that decodes."""
         return [self._tensors[name] for name in (PLAN, DECODE) if name in self._engines]
 
-    def _make_context(self, plan: str, profile: int) -> Context:
-        engine, tensors, kernels = self._engines[plan], self._tensors[plan], self._kernels[plan]
-        context = Context(self._flavor, engine, tensors, profile, self._settings, kernels, self._cuda, self._logger)
-        kernels.save()
-        return context
-
-    def _make_ahead(self, plan: str, profile: int) -> None:
-        """Has a context made for the shape that follows the one just captured."""
-        if self._makes_ahead:
-            self._contexts.make_ahead(plan, profile)
+    def _context(self, plan: str, profile: int) -> Context:
+        """That of the profile, made when it is first asked for."""
+        if (plan, profile) not in self._contexts:
+            engine, tensors, kernels = self._engines[plan], self._tensors[plan], self._kernels[plan]
+            self._contexts[plan, profile] = Context(
+                self._flavor, engine, tensors, profile, self._settings, kernels, self._cuda, self._logger
+            )
+            kernels.save()
+        return self._contexts[plan, profile]
 
     def _decoder(self, batch: int, bucket: int) -> Context:
         """The decode context for ``batch`` slots and a bucket; its inputs are those of the ``DecodeState``."""
-        context = self._contexts.get(*self._profiles.decode(batch), batch, bucket)
+        context = self._context(*self._profiles.decode(batch))
         return self._prepared(context, 0, (batch, 1, 1, bucket), self._state.places())
 
     def _read_once(self) -> tuple[list[Region], list[Region]]:
@@ -400,35 +396,31 @@ class TrtSession:
             self._cuda.upload(places[name].address, staged)
 
     def _contexts_of_step(self, batch: int, bucket: int, sampled: bool | None) -> tuple[Context, ...]:
-        self._contexts.settle()
         decoder = self._decoder(batch, bucket)
-        return (decoder,) if sampled is None else (decoder, self._sampler(batch, sampled))
+        if sampled is None:
+            return (decoder,)
+        return decoder, self._sampler(SAMPLER if sampled else GREEDY, batch, self._state.places())
 
     def _contexts_of_check(self, batch: int, rows: int, bucket: int, chooses: bool) -> tuple[Context, ...]:
         """A prefill step whose every row's logits are wanted, or the likeliest token of each as if it were a sequence."""
-        self._contexts.settle()
         count, places = batch * rows, self._input_places()
-        model = self._contexts.get(PLAN, self._profiles.prefill, batch, rows, bucket)
+        model = self._context(PLAN, self._profiles.prefill)
         model = self._prepared(model, 0, (batch, rows, rows, bucket), places)
         if not chooses:
             return (model,)
-        chooser = self._contexts.get(GREEDY, 0, "rows", count)
-        return model, self._bound_sampler(chooser, GREEDY, count, places | {"last_rows": places["positions"]})
+        return model, self._sampler(GREEDY, count, places | {"last_rows": places["positions"]})
 
     def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int, profile: int) -> Context:
-        context = self._contexts.get(PLAN, profile)
+        context = self._context(PLAN, profile)
         return self._prepared(context, first, (batch, rows, wanted, length), self._input_places())
 
-    def _sampler(self, batch: int, sampled: bool) -> Context:
-        plan = SAMPLER if sampled else GREEDY
-        return self._bound_sampler(self._contexts.get(plan, 0, batch), plan, batch, self._state.places())
-
-    def _bound_sampler(self, context: Context, plan: str, batch: int, places: dict[str, Region]) -> Context:
-        """``context`` of a sampler, made ready for ``batch`` rows of logits, unless it is."""
-        if context.state != self._layout:
+    def _sampler(self, plan: str, batch: int, places: dict[str, Region]) -> Context:
+        """The context of a sampler, made ready for ``batch`` rows of logits, unless it is."""
+        context, where = self._context(plan, 0), places["last_rows"]
+        if context.state != (batch, where, self._layout):
             self._grow_activations(context.set_shapes(self._sampler_shapes(plan, batch)))
             context.bind(places | {"logits": self._logits}, self._activations)
-            context.state = self._layout
+            context.state = (batch, where, self._layout)
         return context
 
     def _sampler_shapes(self, plan: str, batch: int) -> Shapes:
@@ -465,8 +457,17 @@ class TrtSession:
                 named[each.name] = (length // each.shape[1], *each.shape[1:])
         return named | {"kv_range": (length,)} | self._kv.shapes(batch)
 
-    def _step_needs(self, plan: str, profile: int, *shapes: int) -> int:
-        return self._contexts.needs(plan, profile, self._shapes(self._tensors[plan], profile, *shapes))
+    def _needs(self, plan: str, profile: int, sizes: tuple[int, ...]) -> int:
+        """The bytes of activations of a step of B, S, K, L = ``sizes``, or of a sampler's for B = ``sizes``; asked of
+        TensorRT once, which takes it some milliseconds."""
+        key = plan, profile, sizes
+        if key not in self._needed:
+            if plan in (GREEDY, SAMPLER):
+                shapes = self._sampler_shapes(plan, *sizes)
+            else:
+                shapes = self._shapes(self._tensors[plan], profile, *sizes)
+            self._needed[key] = self._context(plan, profile).set_shapes(shapes)
+        return self._needed[key]
 
     def _bucket(self, length: int) -> int:
         """The rows of cache that a step sees whose last position is ``length`` − 1. Each is a shape of its own, with a graph
@@ -494,8 +495,8 @@ class TrtSession:
             ((PLAN, profile), (1, padded, 1, length)),
         ]
         activations = max(
-            *(self._step_needs(*place, *shapes) for place, shapes in steps),
-            *(self._contexts.needs(plan, 0, self._sampler_shapes(plan, count)) for plan, count in samplers),
+            *(self._needs(*place, sizes) for place, sizes in steps),
+            *(self._needs(plan, 0, (count,)) for plan, count in samplers),
         )
         if self._streaming_scratch:
             # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
