@@ -474,8 +474,9 @@ class FakeEngine:
             fixed = {name: (1, *self.get_tensor_shape(name)[1:]) for name in self.inputs if name != "kv_range"}
             return {name: [shape] * 3 for name, shape in fixed.items()} | manifest["one_row"]["profile"]["shapes"]
         assert profile == 0
-        rows = manifest["check_rows"] if self.name == GREEDY else 1
-        sizes = {"B": (1, 1, rows * manifest["max_batch"]), "N": (manifest["capacity"],) * 3}
+        rows, batch, capacity = (manifest[name] for name in ("check_rows", "max_batch", "capacity"))
+        most = rows * batch if self.name == GREEDY else max(rows, batch)
+        sizes = {"B": (1, 1, most), "N": (1, capacity, capacity)}
         return {
             name: list(zip(*(sizes.get(size, (size,) * 3) for size in value.shape)))
             for name, value in self.inputs.items()

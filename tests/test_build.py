@@ -65,7 +65,7 @@ def test_an_engine_knows_what_it_was_built_for(engine, package):
     assert opened.package_path == package.resolve()
     assert opened.manifest["lowerings"] == ["static_capacity", "split_attention", "merged_projections"]
     assert opened.manifest["flags"] == []
-    assert opened.manifest["format_version"] == 7 and opened.debug_tensors == []
+    assert opened.manifest["format_version"] == 8 and opened.debug_tensors == []
     assert opened.manifest["limits"] == {"workspace": None, "tactic_shared_memory": None}
     assert opened.manifest["runtime"] == {"kernel_specialization": "NONE"}
     assert not (opened.stripped or opened.refittable or opened.streams or opened.version_compatible)
@@ -582,7 +582,7 @@ def hold_weights(extent: list):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 7"),
+        (lambda m: m.update(format_version=99), "format version 99, this llmtrt reads 8"),
         (lambda m: m.update(format="llmtrt-package"), "expected format 'llmtrt-engine', found 'llmtrt-package'"),
         (lambda m: m.update(format="other"), "not an engine's manifest"),
         (lambda m: m.update(capacity=-1), "capacity should be a positive integer, but is -1"),

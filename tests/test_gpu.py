@@ -332,9 +332,10 @@ def test_slots_are_refilled_and_starts_are_reused(made):
 
 
 @pytest.mark.parametrize("name", ["stories-fp32", "stories-int4"])
-def test_the_likeliest_tokens_of_all_rows_are_the_logits_own(made, name):
+def test_the_tokens_that_are_chosen_of_all_rows_are_the_hosts(made, name):
     package, engine = made(name)
     ids, session = tokens(package, 16), TrtSession(engine)
+    params = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, seed=3)
     try:
         session.reserve(1, 64)
         rows = np.arange(16)[None]
@@ -342,6 +343,9 @@ def test_the_likeliest_tokens_of_all_rows_are_the_logits_own(made, name):
         for _ in range(2):  # eagerly before the capture, and from the graph
             assert np.array_equal(session.likeliest(ids[None], rows), logits.argmax(2))
             assert np.array_equal(session.row_logits(ids[None], rows), logits)
+            sampler = Sampler(params, package.spec.vocab_size, ids)
+            drawn = session.drawn(ids[None], rows, [sampler])[0].tolist()
+            assert drawn == [sampler.choose(row)[0] for row in logits[0]]
     finally:
         session.close()
 

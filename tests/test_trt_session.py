@@ -35,6 +35,7 @@ from llmtrt.runtime.kv_cache import aligned
 from llmtrt.runtime.onnxruntime import OrtSession
 from llmtrt.runtime.params import SamplingParams
 from llmtrt.runtime.request import Request
+from llmtrt.runtime.sampling import Sampler
 from llmtrt.runtime.scheduler import Scheduler
 from llmtrt.runtime.session import DeviceSession
 from llmtrt.runtime.speculation import Draft, Speculation
@@ -575,6 +576,9 @@ ASKED = {
     "top_p": [SamplingParams(max_tokens=12, temperature=2, top_p=p, seed=1) for p in (0.1, 0.5, 0.95)],
     "min_p": [SamplingParams(max_tokens=12, temperature=2, min_p=p, seed=1) for p in (0.5, 0.05, 1.0)],
     "mixed": MIXED,
+    "greedy beside sampled": [
+        SamplingParams(max_tokens=12, temperature=n, seed=5, ignore_eos=True) for n in (1, 0, 1.5)
+    ],
     "greedy again": [SamplingParams(max_tokens=12)] * 3,
     "stops": [SamplingParams(max_tokens=20, stop_token_ids=[*range(0, 97, n)], ignore_eos=True) for n in (3, 9, 96)],
 }
@@ -830,7 +834,7 @@ def test_drafts_are_checked_in_one_step(engine, machine, reference):
         def measured(self, sequences, rows, seconds):
             super().measured(sequences, rows, 1.0)
 
-    for name in ("greedy", "sampled", "mixed"):
+    for name in ("greedy", "sampled", "mixed", "greedy beside sampled"):
         for count in (1, 3):
             expected = tokens(reference, PROMPTS[:count], ASKED[name][:count])
             plain = {index: (list(PROMPTS[index]), said) for index, (said, _) in enumerate(expected)}
@@ -840,7 +844,10 @@ def test_drafts_are_checked_in_one_step(engine, machine, reference):
             assert [request.token_ids for request in made] == [said for said, _ in expected]
             assert speculation.accepted > 0
     assert {run["logits_index"][1] for run in trt.runs_of(PLAN, 1)} >= {1, 2}
-    assert {run["logits"][0] for run in trt.runs_of(GREEDY)} >= {2, 3 * 2}  # greedy ones are checked on the device
+    # All are checked on the device but those with a penalty, and sampled ones of more rows than it draws of.
+    assert {run["logits"][0] for run in trt.runs_of(GREEDY)} >= {2, 3 * 2}
+    assert {run["logits"][0] for run in trt.runs_of(SAMPLER)} >= {1, 2, 4, 3 * 2}
+    assert max(run["logits"][0] for run in trt.runs_of(SAMPLER)) <= CHUNK
     session.close()
 
 
@@ -864,6 +871,34 @@ def test_the_likeliest_token_of_every_row(engine, machine, reference, graphs):
     assert (session.likeliest(ids, positions) == -1).all()
     with pytest.raises(ValueError, match="from slot 0 on, up to position 48, is more than what was reserved"):
         session.likeliest(ids, positions + 48 - int(positions.max()))
+    session.close()
+    assert not cuda.live
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_token_that_is_drawn_of_every_row(engine, machine, reference, graphs):
+    """With the noise of the steps that follow, of each sequence that has a sampler."""
+    cuda, _ = machine()
+    session = TrtSession(engine, cuda_graphs=graphs)
+    asked = [SamplingParams(temperature=1.3, seed=8), SamplingParams(top_p=0.5), SamplingParams(temperature=2, top_k=9)]
+    samplers = [Sampler(params, 97, np.array([5])) for params in asked]
+    rng, before = np.random.default_rng(6), 0
+    for each in (session, reference):
+        each.reserve(3, 40)
+    for rows, count in ((2, 3), (CHUNK, 1), (2, 3), (4, 2)):
+        ids = rng.integers(0, 97, (count, rows))
+        positions = before + np.broadcast_to(np.arange(rows), (count, rows))
+        logits = reference.step(ids, positions, np.broadcast_to(np.arange(rows), (count, rows)))
+        draws = [samplers[0], None, samplers[2]][:count]
+        drawn = session.drawn(ids, positions, draws)
+        for sampler, given, rows_of_it in zip(draws, drawn, logits):
+            assert sampler is None or given.tolist() == [sampler.choose(row)[0] for row in rows_of_it]
+        before += rows
+    assert session.drawn(ids, positions - rows, [None, None]).shape == (2, 4)
+    with pytest.raises(ValueError, match="9 rows are to be drawn of, more than 8"):
+        session.drawn(np.zeros((3, 3), np.int64), np.zeros((3, 3), np.int64), [None] * 3)
+    poison(cuda, session)
+    assert (session.drawn(ids, positions, samplers[:2]) == -1).all()
     session.close()
     assert not cuda.live
 
@@ -902,7 +937,7 @@ def test_outputs_that_overlap_inputs_are_refused(engine, machine):
     ):
         with pytest.raises(RuntimeError, match=f"the output logits would overwrite the input {name}"):
             decoder.bind(places | {name: place}, session._activations)
-    sampler = session._sampler(SAMPLER, 1, session._state.places())
+    sampler = session._sampler(True, 1, session._state.places(), engine.capacity)
     own = session._state.places() | {"logits": session._logits}
     with pytest.raises(RuntimeError, match="the output next_seen would overwrite the input seen"):
         sampler.bind(own | {"next_seen": own["seen"]}, session._activations)
@@ -927,8 +962,8 @@ def test_memory_is_told_by_kind(engine, machine):
     assert last.predicted.kv_cache == last.measured.kv_cache == 3 * kv
     assert last.measured.activations == aligned(CHUNK * 1000)  # a chunk of rows, of however many prompts
     assert last.measured.total == cuda.used()
-    # Logits, noise, marks, inputs and the range, each rounded up: as predicted but for that.
-    assert 0 < last.measured.scratch - last.predicted.scratch < 256 * 30
+    # Logits, noise, marks, inputs and the range, and what a check draws with, each rounded up: as predicted but for that.
+    assert 0 < last.measured.scratch - last.predicted.scratch < 256 * 48
     said = last.to_json()["measured"]
     assert said["total"] == said["weights"] + said["kv_cache"] + said["activations"] + said["scratch"]
     session.close()
@@ -975,7 +1010,7 @@ def test_tensorrt_may_allocate_by_itself(engine, machine, reference, allocation)
     assert {context.strategy for context in trt.contexts} == {allocation}
     whole = 3 * CHUNK * CHUNK * 1000
     taken = {context.memory[1] for context in trt.contexts}
-    assert taken == {whole, 1500, 3 * CHUNK * 500} | ({3000} if allocation == "profile" else set())
+    assert taken == {whole, CHUNK * 500, 3 * CHUNK * 500} | ({3000} if allocation == "profile" else set())
     measured = session.memory().measured
     assert measured.activations == 0 and measured.scratch > sum(context.memory[1] for context in trt.contexts)
     session.close()
@@ -1026,7 +1061,7 @@ def streaming(engine):
 
 def beside(engine):
     """What one sequence takes beside weights, from the parts."""
-    state = 6 * 97 + 4 * engine.capacity + 24 * CHUNK + 8 * engine.capacity
+    state = 6 * 97 + 4 * engine.capacity + 24 * CHUNK + CHUNK * 2 * 97 + 8 * engine.capacity
     activations = max(engine.manifest["memory"]["activations"])  # those of the largest shapes: it streams
     return engine.capacity * engine.spec.kv_bytes_per_token() + activations + state
 

@@ -225,10 +225,11 @@ def _build_samplers(flavor: Flavor, package: Package, options: BuildOptions, fol
 
     flags = tuple(flag for flag in options.flags if flag in _OF_THE_SAMPLER)
     options = replace(options, flags=flags, timing_cache=None)
-    for name, greedy_only in ((GREEDY, True), (SAMPLER, False)):
-        graph = ir.to_proto(write_sampler(package.spec.vocab_size, greedy_only)).SerializeToString()
+    sizes = {GREEDY: options.check_rows * options.max_batch, SAMPLER: max(options.check_rows, options.max_batch)}
+    for name, most in sizes.items():
+        graph = ir.to_proto(write_sampler(package.spec.vocab_size, name == GREEDY)).SerializeToString()
         where = folder / Path(name).with_suffix(".onnx")  # never there: it has no external data
-        profiles = partial(sampler_profiles, options=options, rows=options.check_rows if greedy_only else 1)
+        profiles = partial(sampler_profiles, options=options, most=most)
         build_plan(flavor, graph, where, profiles, options, folder / name, silent)
 
 

@@ -13,7 +13,7 @@ from llmtrt.manifest import MANIFEST, Kind, read_manifest
 from llmtrt.package import WEIGHTS as PACKAGE_WEIGHTS
 from llmtrt.package import ModelSpec
 
-ENGINE = Kind("llmtrt-engine", 7, "an engine", "llmtrt build PACKAGE -o ENGINE")
+ENGINE = Kind("llmtrt-engine", 8, "an engine", "llmtrt build PACKAGE -o ENGINE")
 PLAN, DECODE = "engine.plan", "decode.plan"  # of every step; of one row of one sequence alone, where there is one
 WEIGHTS, WEIGHT_ALIGNMENT = "weights.bin", 4096  # what the plans take as inputs; of each one's start
 GREEDY, SAMPLER = "greedy.plan", "sampler.plan"  # logits to the likeliest token; to a token as SamplingParams say
@@ -149,7 +149,8 @@ class Engine:
 
     @property
     def check_rows(self) -> int:
-        """The most rows of a sequence whose likeliest tokens the plan GREEDY gives in one step."""
+        """The most rows of a sequence whose likeliest tokens the plan GREEDY gives in one step, and the most rows, of one
+        sequence or several, whose tokens the plan SAMPLER chooses."""
         return self.manifest["check_rows"]
 
     @property

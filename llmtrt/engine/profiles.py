@@ -82,9 +82,9 @@ def one_row_profile(inputs: dict[str, Shape], options: BuildOptions) -> list[Pro
     return [Profile("one row", shapes)]
 
 
-def sampler_profiles(inputs: dict[str, Shape], options: BuildOptions, rows: int = 1) -> list[Profile]:
-    """One profile: B is free, for up to ``rows`` rows of each sequence, and there is noise for each row of the cache."""
-    sizes = {0: (1, options.opt_batch, rows * options.max_batch), 1: (options.capacity,) * 3}
+def sampler_profiles(inputs: dict[str, Shape], options: BuildOptions, most: int) -> list[Profile]:
+    """One profile: B is free, up to ``most``, and so is for how many steps there is noise, up to the rows of the cache."""
+    sizes = {0: (1, options.opt_batch, most), 1: (1, options.capacity, options.capacity)}
     shapes = {
         name: tuple(zip(*(sizes[axis] if size < 0 else (size,) * 3 for axis, size in enumerate(shape))))
         for name, shape in inputs.items()

@@ -9,7 +9,9 @@ import numpy as np
 from llmtrt.runtime.context import Context
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.kv_cache import aligned
+from llmtrt.runtime.params import SamplingParams
 from llmtrt.runtime.read_once import mark
+from llmtrt.runtime.sampling import Sampler
 from llmtrt.runtime.session import Decoding
 
 # int64 [slots] each. The sampler's outputs lie apart from its and the decoder's inputs, in the inputs' order, so that one
@@ -22,7 +24,8 @@ Contexts = tuple[Context, ...]  # of one step: the model's, and the sampler's wh
 
 
 class DecodeState:
-    """What a decode step reads and writes beside weights and KV cache, on the device, for up to ``slots`` slots."""
+    """What a decode step reads and writes beside weights and KV cache, on the device, for up to ``slots`` slots, each with
+    noise for ``capacity`` steps."""
 
     def __init__(self, cuda: Cuda, slots: int, vocab_size: int, capacity: int):
         self._cuda, self._vocab_size, self._capacity = cuda, vocab_size, capacity
@@ -65,6 +68,15 @@ class DecodeState:
         if sampler.seen is not None:
             self._put("seen", sampler.seen, index * self._vocab_size)
 
+    def draw(self, samplers: Sequence[Sampler | None], rows: int) -> None:
+        """All that the sampler has to know of ``rows`` rows of each sequence, a slot each with noise for one step: row i is
+        chosen with that of the sequence's step i from now."""
+        each = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
+        for name in _PARAMS:
+            self._put(name, np.repeat(np.array([getattr(params, name) for params in each], np.float32), rows))
+        noise = [np.zeros(rows, np.float32) if sampler is None else sampler.noise(rows) for sampler in samplers]
+        self._put("noise", np.concatenate(noise))
+
     def park(self, index: int, position: int) -> None:
         """Keeps slot ``index`` at ``position``."""
         self._place(index, 0, position, position)
@@ -98,10 +110,10 @@ class DecodeLoop:
     """Runs decode steps, each behind the one before; a graph is captured for each number of slots, context bucket and kind
     of sampler when it is first needed, and kept until ``forget``.
 
-    ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket, chooses)`` give the contexts of a step, model
-    and sampler (``sampled`` None, not ``chooses``: the model alone), ready to run. ``captures``: without, each step is put
-    on the stream anew. ``read_once()``: the weights and the caches, which a step reads once. ``runs_first``: the model of a
-    decode step runs once before it is captured.
+    ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket, sampled)`` give the contexts of a step, model and
+    sampler (``sampled`` None: the model alone; False: the sampler of the likeliest token), ready to run. ``captures``:
+    without, each step is put on the stream anew. ``read_once()``: the weights and the caches, which a step reads once.
+    ``runs_first``: the model of a decode step runs once before it is captured.
 
     Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
     past a stop is discarded.
@@ -111,7 +123,7 @@ class DecodeLoop:
         self,
         cuda: Cuda,
         decoder: Callable[[int, int, bool | None], Contexts],
-        checker: Callable[[int, int, int, bool], Contexts],
+        checker: Callable[[int, int, int, bool | None], Contexts],
         captures: bool,
         read_once: Callable[[], tuple[Sequence[Region], Sequence[Region]]],
         runs_first: bool,
@@ -155,11 +167,11 @@ class DecodeLoop:
         self._cuda.wait(event)
         return tokens.copy()
 
-    def check(self, slots: int, rows: int, bucket: int, chooses: bool) -> None:
-        """As ``start``, one step of ``rows`` rows of each slot, which ends with the logits of all or (``chooses``) the
-        likeliest token behind each; inputs and outputs are where ``checker`` bound them."""
-        contexts = partial(self._checker, slots, rows, bucket, chooses)
-        self._launch((slots, rows, bucket, "check", chooses), contexts, True)
+    def check(self, slots: int, rows: int, bucket: int, sampled: bool | None) -> None:
+        """As ``start``, one step of ``rows`` rows of each slot, which ends with the logits of all (``sampled`` None) or with
+        the token behind each; inputs and outputs are where ``checker`` bound them."""
+        contexts = partial(self._checker, slots, rows, bucket, sampled)
+        self._launch((slots, rows, bucket, "check", sampled), contexts, True)
 
     def logits(self, slots: int, bucket: int) -> None:
         """As ``start``, one step that ends with its logits."""

@@ -70,9 +70,11 @@ def room_for_weights(engine: Engine, slots: int, free: int) -> int:
     return max(0, free - sum(_beside_weights(engine, slots)) - RESERVE)
 
 
-def state_bytes(vocab_size: int, slots: int, capacity: int, chunk: int) -> int:
-    """Logits, the sampler's noise and marks of seen tokens, inputs and the KV range."""
-    return slots * (4 * vocab_size + 2 * vocab_size + 4 * capacity + 3 * 8 * chunk) + 8 * capacity
+def state_bytes(engine: Engine, slots: int) -> int:
+    """Logits, the sampler's noise and marks of seen tokens, inputs and the KV range; marks for the rows of a check, too."""
+    vocab_size, capacity = engine.spec.vocab_size, engine.capacity
+    of_a_slot = 4 * vocab_size + 2 * vocab_size + 4 * capacity + 3 * 8 * engine.chunk
+    return slots * of_a_slot + engine.check_rows * 2 * vocab_size + 8 * capacity
 
 
 def _beside_weights(engine: Engine, slots: int) -> tuple[int, int, int]:
@@ -81,7 +83,7 @@ def _beside_weights(engine: Engine, slots: int) -> tuple[int, int, int]:
     return (
         slots * engine.capacity * spec.kv_bytes_per_token(),
         engine.activation_bytes(engine.max_batch if engine.streams else slots) or 0,
-        state_bytes(spec.vocab_size, slots, engine.capacity, engine.chunk),
+        state_bytes(engine, slots),
     )
 
 

@@ -107,9 +107,19 @@ class Request:
         return self.most_tokens - len(self.token_ids)
 
     @property
+    def sampler(self) -> Sampler:
+        """What chooses its tokens, at its next step."""
+        return self._sampler
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether each token depends on which ones came before."""
+        return self._sampler.params.repetition_penalty != 1
+
+    @property
     def is_greedy(self) -> bool:
         """Whether each token is the likeliest of the logits as they are."""
-        return self._sampler.params.greedy and self._sampler.params.repetition_penalty == 1
+        return self._sampler.params.greedy and not self.penalizes
 
     def decoding(self) -> Decoding:
         """Where decoding goes on after the tokens so far."""

@@ -241,16 +241,12 @@ class Scheduler:
             starts[slot.index] = slot.request.length - 1
         places = np.arange(rows)
         began, prepared = time.perf_counter(), self._session.prepared if self._device else 0
-        is_checked = rows > 1 and self._device is not None
-        if is_checked and all(slot.request.is_greedy and not slot.request.wants_logits for slot in decoding):
-            tokens = self._session.likeliest(input_ids, starts + places)
-            takes = [partial(_take, slot.request, tokens[slot.index]) for slot in decoding]
+        if self._device and rows > 1:
+            chosen, take = self._checked(decoding, input_ids, starts + places)
         else:
-            if is_checked:
-                logits = self._session.row_logits(input_ids, starts + places)
-            else:
-                logits = self._session.step(input_ids, starts + places, np.broadcast_to(places, (slots, rows)))
-            takes = [partial(_accept, slot.request, logits[slot.index]) for slot in decoding]
+            wanted = np.broadcast_to(places, (slots, rows))
+            chosen, take = self._session.step(input_ids, starts + places, wanted), _accept
+        takes = [partial(take, slot.request, chosen[slot.index]) for slot in decoding]
         self._measured(len(decoding), rows, began, prepared)
         if self._device:
             for slot in self._slots[:slots]:
@@ -258,6 +254,21 @@ class Scheduler:
         for slot, draft, take in zip(decoding, drafts, takes):
             yield from self._verified(slot, draft, take)
         self._stepped(len(decoding), behind=rows == 1)
+
+    def _checked(
+        self, decoding: list[CacheSlot], input_ids: np.ndarray, positions: np.ndarray
+    ) -> tuple[np.ndarray, Callable[[Request, np.ndarray, int], Piece]]:
+        """The token behind each row of a step of several, where the device can choose it, or the logits; and how a request
+        takes it."""
+        requests = {slot.index: slot.request for slot in decoding}
+        by_host = any(request.wants_logits for request in requests.values())
+        if not by_host and all(request.is_greedy for request in requests.values()):
+            return self._session.likeliest(input_ids, positions), _take
+        # What a penalty is on in one row hangs on the tokens of the rows before.
+        if by_host or input_ids.size > self._check_rows or any(request.penalizes for request in requests.values()):
+            return self._session.row_logits(input_ids, positions), _accept
+        samplers = [requests[index].sampler if index in requests else None for index in range(len(input_ids))]
+        return self._session.drawn(input_ids, positions, samplers), _take
 
     def _stepped(self, sequences: int, behind: bool) -> None:
         """Reports what a step gave, and how long one of one row takes that came right ``behind`` another."""

@@ -71,12 +71,16 @@ class DeviceSession(Session, Protocol):
     leaves nothing that ``decode`` could go on from: the slot has to be admitted again.
     """
 
-    check_rows: int  # the most rows of a step of ``likeliest`` or ``row_logits``
+    check_rows: int  # the most rows of a sequence in ``likeliest`` and ``row_logits``, and of all in ``drawn``
     prepared: int  # how often a step's shapes were new, so that it took longer than it will again
 
     def likeliest(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """As ``step`` of the slots from the first on; gives the likeliest token, int64 [B, S], of every row's logits, −1
         where they were not numbers."""
+
+    def drawn(self, input_ids: np.ndarray, positions: np.ndarray, samplers: Sequence[Sampler | None]) -> np.ndarray:
+        """As ``likeliest``; gives the tokens, int64 [B, S], that each of ``samplers`` [B] chooses, row i with the noise of
+        its step i from now, which stays to be taken. No sampler may have a repetition penalty; None: any token."""
 
     def row_logits(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """As ``step`` of the slots from the first on; the logits of every row, [B, S, V], in less time where steps of the

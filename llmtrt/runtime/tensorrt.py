@@ -23,6 +23,7 @@ from llmtrt.runtime.footprint import Footprint, MemoryUse, predict, room_for_wei
 from llmtrt.runtime.kernel_cache import KernelCache, default_folder
 from llmtrt.runtime.kv_cache import KvCache, aligned
 from llmtrt.runtime.profiles import Profiles
+from llmtrt.runtime.sampling import Sampler
 from llmtrt.runtime.session import Decoding
 from llmtrt.runtime.streaming import WeightBudget
 from llmtrt.runtime.tensors import Tensor, tensors_of
@@ -95,6 +96,7 @@ class TrtSession:
         self._flavor = choose_for(engine.flavor, engine.flavor_version, engine.version_compatible, str(engine.path))
         self._settings.check(self._flavor)
         self.spec, self.chunk, self.check_rows = engine.spec, engine.chunk, engine.check_rows
+        self._engine = engine
         self._path, self._max_batch, self._max_seq = engine.path, engine.max_batch, engine.max_seq
         self._capacity, self._debug_tensors = engine.capacity, engine.debug_tensors
         self._profiles = Profiles(engine)
@@ -118,6 +120,7 @@ class TrtSession:
         self._host_inputs = self._host_logits = self._loop = None
         self._prepared_count = 0
         self._state: DecodeState | None = None
+        self._rows: DecodeState | None = None  # of the rows of a check, each as a sequence of its own
         self._weights: WeightInputs | None = None
         self._debug: dict[str, tuple[Region, tuple[int, ...]]] = {}
         self._written_out: dict[str, Region] = {}  # what a plan has for outputs only to compute them once
@@ -191,26 +194,44 @@ class TrtSession:
 
     def likeliest(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """See ``DeviceSession``; as ``step``, it waits for the end."""
-        self._check(input_ids, positions, chooses=True)
-        tokens = np.empty(input_ids.shape, np.int64)
-        self._cuda.download(tokens, self._input_places()["tokens"].address)
-        self._cuda.synchronize()
-        return tokens
+        self._check(input_ids, positions, sampled=False)
+        return self._fetch_tokens(input_ids.shape)
+
+    def drawn(self, input_ids: np.ndarray, positions: np.ndarray, samplers: Sequence[Sampler | None]) -> np.ndarray:
+        """See ``DeviceSession``; as ``step``, it waits for the end."""
+        if input_ids.size > self.check_rows:
+            raise ValueError(f"{input_ids.size} rows are to be drawn of, more than {self.check_rows}")
+        self._check(input_ids, positions, True, samplers)
+        return self._fetch_tokens(input_ids.shape)
 
     def row_logits(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """See ``DeviceSession``; as ``step``, it waits for the end."""
-        self._check(input_ids, positions, chooses=False)
+        self._check(input_ids, positions, sampled=None)
         return self._fetch_logits(*input_ids.shape)
 
-    def _check(self, input_ids: np.ndarray, positions: np.ndarray, chooses: bool) -> None:
+    def _check(
+        self,
+        input_ids: np.ndarray,
+        positions: np.ndarray,
+        sampled: bool | None,
+        samplers: Sequence[Sampler | None] = (),
+    ) -> None:
         batch, rows = input_ids.shape
         last = int(positions.max())
         self._require_reserved(0, batch, rows, last)
         # Of one sequence as many as there will ever be: where they move, everything is captured anew.
         self._grow_logits(max(batch * rows, self.check_rows) * self.spec.vocab_size)
         self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
+        if sampled:
+            self._rows.draw(samplers, rows)
         self._logger.clear()
-        self._loop.check(batch, rows, self._bucket(last + 1), chooses)
+        self._loop.check(batch, rows, self._bucket(last + 1), sampled)
+
+    def _fetch_tokens(self, shape: tuple[int, ...]) -> np.ndarray:
+        tokens = np.empty(shape, np.int64)
+        self._cuda.download(tokens, self._input_places()["tokens"].address)
+        self._cuda.synchronize()
+        return tokens
 
     def _fetch_logits(self, batch: int, wanted: int) -> np.ndarray:
         logits = self._host_logits[: batch * wanted * self.spec.vocab_size]
@@ -283,7 +304,7 @@ class TrtSession:
             self._loop = None
             self._contexts, self._kernels, self._engines = {}, {}, {}
             self._runtime = None
-            self._state = None
+            self._state = self._rows = None
             self._cuda.close()
             self._reserved = (0, 0)
 
@@ -399,33 +420,35 @@ class TrtSession:
         decoder = self._decoder(batch, bucket)
         if sampled is None:
             return (decoder,)
-        return decoder, self._sampler(SAMPLER if sampled else GREEDY, batch, self._state.places())
+        return decoder, self._sampler(sampled, batch, self._state.places(), self._capacity)
 
-    def _contexts_of_check(self, batch: int, rows: int, bucket: int, chooses: bool) -> tuple[Context, ...]:
-        """A prefill step whose every row's logits are wanted, or the likeliest token of each as if it were a sequence."""
-        count, places = batch * rows, self._input_places()
+    def _contexts_of_check(self, batch: int, rows: int, bucket: int, sampled: bool | None) -> tuple[Context, ...]:
+        """A prefill step whose every row's logits are wanted, or the token behind each as if it were a sequence."""
+        places = self._input_places()
         model = self._context(PLAN, self._profiles.prefill)
         model = self._prepared(model, 0, (batch, rows, rows, bucket), places)
-        if not chooses:
+        if sampled is None:
             return (model,)
-        return model, self._sampler(GREEDY, count, places | {"last_rows": places["positions"]})
+        places = self._rows.places() | places | {"last_rows": places["positions"]}
+        return model, self._sampler(sampled, batch * rows, places, 1)
 
     def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int, profile: int) -> Context:
         context = self._context(PLAN, profile)
         return self._prepared(context, first, (batch, rows, wanted, length), self._input_places())
 
-    def _sampler(self, plan: str, batch: int, places: dict[str, Region]) -> Context:
-        """The context of a sampler, made ready for ``batch`` rows of logits, unless it is."""
-        context, where = self._context(plan, 0), places["last_rows"]
+    def _sampler(self, sampled: bool, batch: int, places: dict[str, Region], steps: int) -> Context:
+        """The context of a sampler, made ready for ``batch`` rows of logits and noise of ``steps``, unless it is."""
+        plan, where = SAMPLER if sampled else GREEDY, places["last_rows"]
+        context = self._context(plan, 0)
         if context.state != (batch, where, self._layout):
-            self._grow_activations(context.set_shapes(self._sampler_shapes(plan, batch)))
+            self._grow_activations(context.set_shapes(self._sampler_shapes(plan, batch, steps)))
             context.bind(places | {"logits": self._logits}, self._activations)
             context.state = (batch, where, self._layout)
         return context
 
-    def _sampler_shapes(self, plan: str, batch: int) -> Shapes:
+    def _sampler_shapes(self, plan: str, batch: int, steps: int) -> Shapes:
         return {
-            each.name: (batch, *(self._capacity if size < 0 else size for size in each.shape[1:]))
+            each.name: (batch, *(steps if size < 0 else size for size in each.shape[1:]))
             for each in self._tensors[plan]
             if each.is_input
         }
@@ -458,8 +481,8 @@ class TrtSession:
         return named | {"kv_range": (length,)} | self._kv.shapes(batch)
 
     def _needs(self, plan: str, profile: int, sizes: tuple[int, ...]) -> int:
-        """The bytes of activations of a step of B, S, K, L = ``sizes``, or of a sampler's for B = ``sizes``; asked of
-        TensorRT once, which takes it some milliseconds."""
+        """The bytes of activations of a step of B, S, K, L = ``sizes``, or of a sampler's of B, N; asked of TensorRT
+        once, which takes it some milliseconds."""
         key = plan, profile, sizes
         if key not in self._needed:
             if plan in (GREEDY, SAMPLER):
@@ -484,7 +507,7 @@ class TrtSession:
         side_by_side = min(slots, self.chunk)  # a prefill step has a chunk of rows, of one prompt or of several
         samplers = [(GREEDY, slots), (SAMPLER, slots)]
         if self._streaming_scratch:
-            samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, self._max_batch)]
+            samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, max(self._max_batch, self.check_rows))]
         decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
         rows, prefill = min(self.chunk, max_seq), (PLAN, self._profiles.prefill)
         profile, padded = self._profiles.padded(1, rows, 1, self._capacity)
@@ -496,7 +519,7 @@ class TrtSession:
         ]
         activations = max(
             *(self._needs(*place, sizes) for place, sizes in steps),
-            *(self._needs(plan, 0, (count,)) for plan, count in samplers),
+            *(self._needs(plan, 0, (count, self._capacity)) for plan, count in samplers),
         )
         if self._streaming_scratch:
             # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
@@ -509,7 +532,7 @@ class TrtSession:
             0,
             self._kv.bytes_for(slots) if grows else 0,
             max(0, aligned(activations) - self._activations.size),
-            state_bytes(self.spec.vocab_size, slots, self._capacity, self.chunk) if grows else 0,
+            state_bytes(self._engine, slots) if grows else 0,
         )
         needed.require(
             self._cuda.free_bytes(),
@@ -529,6 +552,7 @@ class TrtSession:
         try:
             self._kv.allocate(slots)
             self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._capacity)
+            self._rows = DecodeState(self._cuda, self.check_rows, self.spec.vocab_size, 1)
             size = len(_INPUTS + _CHOSEN) * aligned(slots * self.chunk * 8)
             self._inputs = Region(self._cuda.allocate(size), size)
             self._host_inputs = self._cuda.pinned(size // 8, np.int64)
@@ -547,9 +571,10 @@ class TrtSession:
     def _free_slots(self) -> None:
         self._moved()
         self._kv.free()
-        if self._state is not None:
-            self._state.free()
-            self._state = None
+        for state in (self._state, self._rows):
+            if state is not None:
+                state.free()
+        self._state = self._rows = None
         self._cuda.free(self._inputs.address)
         self._inputs = _NOTHING
         if self._host_inputs is not None:
