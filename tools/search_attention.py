@@ -10,9 +10,9 @@ Tried and dropped (µs a layer on an H100). benchmarks/gpu-attention-first.json:
 (110 to 178 behind 8,192, 68 to 108 by MatMul). gpu-attention-second.json: the cache of values as [1, Hkv · D, capacity, 1],
 so that their sums are of what lies side by side (49 behind 8,192, MatMul 56; 21 behind 512 of 33,024, MatMul 16).
 gpu-attention-third.json: all heads of a group as rows of one product (226 behind 8,192), splits of a fixed number of rows
-(62 to 69), scores by MatMul; and 4 to 16 splits of a cache of values [1, Hkv, capacity, D], which are copied first. gpu-attention-tuned.json: profiles
-that are tuned for fewer rows (8 splits; for 1,024, 2,048 and all: 13.1, 13.1 and 13.7 behind 512 of 33,024, but 48, 44 and 38
-behind 8,192).
+(62 to 69), scores by MatMul; and 4 to 16 splits of a cache of values [1, Hkv, capacity, D], which are copied first.
+gpu-attention-tuned.json: 8 splits, in profiles that are tuned for 1,024, 2,048 and all rows (13.1, 13.1 and 13.7 behind 512
+of 33,024, but 48, 44 and 38 behind 8,192).
 """
 
 import multiprocessing
