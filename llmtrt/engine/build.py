@@ -15,7 +15,7 @@ from llmtrt import files
 from llmtrt.checkpoints.tokenizer_files import FILES as TOKENIZER_FILES
 from llmtrt.engine.flavor import Flavor, choose
 from llmtrt.engine.gpu import find_gpus
-from llmtrt.engine.manifest import DECODE, ENGINE, GREEDY, PLAN, REFIT_GRAPH, SAMPLER, WEIGHTS, Engine, open_engine
+from llmtrt.engine.manifest import DECODE, ENGINE, GREEDY, PLAN, REFIT_GRAPH, WEIGHTS, Engine, open_engine, sampler_rows
 from llmtrt.engine.options import CONTEXT_STEP, BuildOptions
 from llmtrt.engine.plan import PlanMemory, build_plan
 from llmtrt.engine.profiles import Profile, decoder_profiles, one_row_profile, sampler_profiles
@@ -225,8 +225,7 @@ def _build_samplers(flavor: Flavor, package: Package, options: BuildOptions, fol
 
     flags = tuple(flag for flag in options.flags if flag in _OF_THE_SAMPLER)
     options = replace(options, flags=flags, timing_cache=None)
-    sizes = {GREEDY: options.check_rows * options.max_batch, SAMPLER: max(options.check_rows, options.max_batch)}
-    for name, most in sizes.items():
+    for name, most in sampler_rows(options.check_rows, options.max_batch).items():
         graph = ir.to_proto(write_sampler(package.spec.vocab_size, name == GREEDY)).SerializeToString()
         where = folder / Path(name).with_suffix(".onnx")  # never there: it has no external data
         profiles = partial(sampler_profiles, options=options, most=most)

@@ -22,6 +22,11 @@ REFIT_GRAPH = "graph.onnx"  # of a plan that can be refitted: what it was built 
 _SIZES = ("max_batch", "max_seq", "chunk", "capacity", "check_rows")
 
 
+def sampler_rows(check_rows: int, max_batch: int) -> dict[str, int]:
+    """The most rows of logits that the plan of each sampler takes."""
+    return {GREEDY: check_rows * max_batch, SAMPLER: max(check_rows, max_batch)}
+
+
 @dataclass(frozen=True)
 class Engine:
     """An opened engine. ``package_path`` is None where the package it came from is not found or is another by now."""

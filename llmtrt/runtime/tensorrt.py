@@ -10,7 +10,7 @@ from llmtrt.engine.flavor import choose_for
 from llmtrt.engine.gpu import Gpu, find_gpus, free_bytes
 from llmtrt.engine.load import deserialize, make_runtime
 from llmtrt.engine.logger import make_logger
-from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, Engine
+from llmtrt.engine.manifest import DECODE, GREEDY, PLAN, SAMPLER, Engine, sampler_rows
 from llmtrt.engine.options import CONTEXT_STEP
 from llmtrt.engine.refit import refit
 from llmtrt.errors import CannotRunHere, UserError
@@ -507,7 +507,7 @@ class TrtSession:
         side_by_side = min(slots, self.chunk)  # a prefill step has a chunk of rows, of one prompt or of several
         samplers = [(GREEDY, slots), (SAMPLER, slots)]
         if self._streaming_scratch:
-            samplers = [(GREEDY, self._max_batch * self.check_rows), (SAMPLER, max(self._max_batch, self.check_rows))]
+            samplers = [*sampler_rows(self.check_rows, self._max_batch).items()]
         decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
         rows, prefill = min(self.chunk, max_seq), (PLAN, self._profiles.prefill)
         profile, padded = self._profiles.padded(1, rows, 1, self._capacity)
