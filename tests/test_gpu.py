@@ -200,19 +200,22 @@ def test_graphs_of_one_context_do_not_disturb_each_other(made, name, strategy):
 
 
 def test_streamed_weights_give_the_same_tokens(made, sessions, tmp_path):
+    """Whatever stays on the GPU; across a context bucket and with several sequences, whose graphs are of one context."""
     package, _ = made("smollm2-int4")
-    engine = build(package.path, tmp_path / "engine", max_seq=128, chunk=64, weight_streaming=True).engine
+    options = dict(max_batch=3, max_seq=512, chunk=64, weight_streaming=True)
+    engine = build(package.path, tmp_path / "engine", **options).engine
     on_gpu, _ = sessions("smollm2-int4")
-    prompt, wanted = tokens(package, 12), None
+    ids, wanted = np.resize(tokens(package, 60), 250), []
     for budget in ("0%", "50%", "auto"):
         streamed = TrtSession(engine, weight_budget=budget)
         try:
-            assert greedy(streamed, [prompt]) == greedy(on_gpu, [prompt])
-            logits = np.concatenate([*logits_of(streamed, prompt, 64)])
+            assert greedy(streamed, [ids[:12]]) == greedy(on_gpu, [ids[:12]])
+            made_of = [greedy(streamed, [ids[:count] for count in each]) for each in ((250,), (9, 250, 70), (250, 30))]
+            logits = np.concatenate([*logits_of(streamed, ids[:12], 64)])
         finally:
             streamed.close()
-        wanted = logits if wanted is None else wanted
-        assert np.array_equal(logits, wanted)
+        wanted = wanted or [made_of, logits]
+        assert made_of == wanted[0] and np.array_equal(logits, wanted[1])
 
 
 @pytest.mark.parametrize("name", ["stories-int4", "smollm2-int4"])
@@ -350,7 +353,39 @@ def test_the_tokens_that_are_chosen_of_all_rows_are_the_hosts(made, name):
         session.close()
 
 
-@pytest.mark.parametrize("params", SAMPLED[:2] + SAMPLED[-1:])
+def test_sampled_checks_between_do_not_break_the_graph_of_a_step(made):
+    """Steps and checks have one context of the sampler, with noise for as many steps as there are rows, and for one."""
+    package, engine = made("stories-fp32")
+    ids, one = tokens(package, 12), np.zeros((1, 1), np.int64)
+    params = SamplingParams(temperature=1.0, top_p=0.8, min_p=0.02, seed=5)
+    session, chosen = TrtSession(engine), []
+    try:
+        for on_host in (True, False):
+            sampler, text = Sampler(params, package.spec.vocab_size, ids), ids.tolist()
+            session.reserve(1, 64)
+            logits = session.step(ids[None], np.arange(12)[None], one + 11)
+            text.append(sampler.choose(logits[0, 0])[0])
+            while len(text) < 48:
+                if on_host:
+                    logits = session.step(np.array([text[-1:]]), one + len(text) - 1, one)
+                    text.append(sampler.choose(logits[0, 0])[0])
+                    continue
+                session.admit(0, Decoding(text[-1], len(text) - 1, 5, params, sampler))
+                for _ in range(5):
+                    session.decode(1, len(text), greedy=False)
+                    text.append(int(session.tokens()[0]))
+                    sampler.take(text[-1])
+                rows = len(text) - 1 + np.arange(4)[None]
+                for token in session.drawn(np.array([chosen[0][rows[0, 0] : rows[0, 0] + 4]]), rows, [sampler])[0]:
+                    text.append(int(token))
+                    sampler.take(text[-1])
+            chosen.append(text)
+    finally:
+        session.close()
+    assert chosen[1][: len(chosen[0])] == chosen[0]
+
+
+@pytest.mark.parametrize("params", SAMPLED)
 def test_drafts_change_no_token(made, params):
     package, engine = made("stories-fp32")
     text = tokens(package, 60).tolist()
@@ -360,8 +395,8 @@ def test_drafts_change_no_token(made, params):
         assert [one.token_ids for one in fast.generate(prompts, asked)] == [
             one.token_ids for one in plain.generate(prompts, asked)
         ]
-    # who shuns what was said before does not follow it
-    assert speculation.accepted > 0 or params.get("repetition_penalty", 1.0) > 1.0
+    # Who shuns what was said before, or says whatever comes, does not follow it.
+    assert speculation.steps > 0 and (speculation.accepted > 0 or len(params) > 1)
 
 
 def test_a_stop_ends_the_tokens_where_the_host_would(made):

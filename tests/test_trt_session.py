@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import fake_gpu
 import families
@@ -731,7 +732,7 @@ def test_a_step_of_another_batch_size_between_does_not_break_a_graph(engine, mac
 def test_a_step_sees_an_eighth_too_much_at_most(engine, machine, length, rows):
     machine()
     session = TrtSession(engine)
-    session._capacity = 9999
+    session._engine = SimpleNamespace(capacity=9999)
     assert session._bucket(length) == rows
     session.close()
 
@@ -816,7 +817,7 @@ def test_rows_that_someone_left_behind_reach_nobody(engine, machine, reference):
     session.close()
 
 
-def test_drafts_are_checked_in_one_step(engine, machine, reference):
+def test_drafts_are_checked_in_one_step(engine, machine, reference, monkeypatch):
     """Whatever is drafted, by whoever: the tokens are those of one step each, before and after it."""
     cuda, trt = machine()
     session = TrtSession(engine)
@@ -834,7 +835,9 @@ def test_drafts_are_checked_in_one_step(engine, machine, reference):
         def measured(self, sequences, rows, seconds):
             super().measured(sequences, rows, 1.0)
 
+    on_host, row_logits = set(), session.row_logits
     for name in ("greedy", "sampled", "mixed", "greedy beside sampled"):
+        monkeypatch.setattr(session, "row_logits", lambda *step, name=name: on_host.add(name) or row_logits(*step))
         for count in (1, 3):
             expected = tokens(reference, PROMPTS[:count], ASKED[name][:count])
             plain = {index: (list(PROMPTS[index]), said) for index, (said, _) in enumerate(expected)}
@@ -844,10 +847,11 @@ def test_drafts_are_checked_in_one_step(engine, machine, reference):
             assert [request.token_ids for request in made] == [said for said, _ in expected]
             assert speculation.accepted > 0
     assert {run["logits_index"][1] for run in trt.runs_of(PLAN, 1)} >= {1, 2}
-    # All are checked on the device but those with a penalty, and sampled ones of more rows than it draws of.
     assert {run["logits"][0] for run in trt.runs_of(GREEDY)} >= {2, 3 * 2}
+    # Where one of three sequences is sampled, two rows of each: the device draws of eight in all.
     assert {run["logits"][0] for run in trt.runs_of(SAMPLER)} >= {1, 2, 4, 3 * 2}
     assert max(run["logits"][0] for run in trt.runs_of(SAMPLER)) <= CHUNK
+    assert on_host == {"mixed"}  # what has a penalty
     session.close()
 
 
@@ -898,10 +902,42 @@ def test_the_token_that_is_drawn_of_every_row(engine, machine, reference, graphs
     assert np.array_equal(nobodys, session.likeliest(ids, positions - rows))
     with pytest.raises(ValueError, match="9 rows are to be drawn of, more than 8"):
         session.drawn(np.zeros((3, 3), np.int64), np.zeros((3, 3), np.int64), [None] * 3)
+    shuns = Sampler(SamplingParams(temperature=1, repetition_penalty=1.2), 97, np.array([5]))
+    for wrong in ([samplers[0]], [samplers[0], shuns]):
+        with pytest.raises(ValueError, match="takes a sampler without a repetition penalty, or None"):
+            session.drawn(ids, positions, wrong)
     poison(cuda, session)
     assert (session.drawn(ids, positions, samplers[:2]) == -1).all()
     session.close()
     assert not cuda.live
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_first_check_moves_nothing(engine, machine, monkeypatch, graphs):
+    """Where a sampler takes most, too; and what was made ready once is not counted again."""
+    needs = fake_gpu.FakeEngine.activations
+    monkeypatch.setattr(
+        fake_gpu.FakeEngine,
+        "activations",
+        lambda self, shapes: 1000 * shapes["logits"][0] if self.name != PLAN else needs(self, shapes) // 100,
+    )
+    cuda, _ = machine()
+    session = TrtSession(engine, cuda_graphs=graphs)
+    sampler = Sampler(SamplingParams(temperature=1, seed=1), 97, np.array([5]))
+    session.reserve(1, 30)
+    one, rows = np.zeros((1, 1), np.int64), np.arange(CHUNK)[None]
+    session.row_logits(rows[:, :2], rows[:, :2])  # all logits that a check may have lie where they stay
+    layout, counts = session._layout, []
+    for _ in range(3):
+        session.step(one, one + 9, one)
+        session.likeliest(rows, rows)
+        session.drawn(rows, rows, [sampler])
+        session.row_logits(rows, rows)
+        session.row_logits(rows[:, :2], rows[:, :2])
+        counts.append(session.prepared)
+    assert session._layout == layout
+    assert counts[0] > 1 and counts == counts[:1] * 3
+    session.close()
 
 
 def test_activations_that_a_sampler_needs_more_of_are_told_to_the_decoder(engine, machine, reference, monkeypatch):
@@ -961,7 +997,7 @@ def test_memory_is_told_by_kind(engine, machine):
     tokens(session, PROMPTS, MIXED)
     last = session.memory()
     assert last.predicted.kv_cache == last.measured.kv_cache == 3 * kv
-    assert last.measured.activations == aligned(CHUNK * 1000)  # a chunk of rows, of however many prompts
+    assert last.measured.activations == aligned(CHUNK * CHUNK * 1000)  # a check of a chunk of rows
     assert last.measured.total == cuda.used()
     # Logits, noise, marks, inputs and the range, and what a check draws with, each rounded up: as predicted but for that.
     assert 0 < last.measured.scratch - last.predicted.scratch < 256 * 48
@@ -1062,7 +1098,7 @@ def streaming(engine):
 
 def beside(engine):
     """What one sequence takes beside weights, from the parts."""
-    state = 6 * 97 + 4 * engine.capacity + 24 * CHUNK + CHUNK * 2 * 97 + 8 * engine.capacity
+    state = 2 * 97 + 4 * engine.capacity + 48 * CHUNK + CHUNK * (2 + 4) * 97 + 8 * engine.capacity
     activations = max(engine.manifest["memory"]["activations"])  # those of the largest shapes: it streams
     return engine.capacity * engine.spec.kv_bytes_per_token() + activations + state
 
@@ -1093,7 +1129,7 @@ def test_weights_are_streamed_within_a_budget(streaming, machine, reference, ask
     assert tokens(session, PROMPTS[:1], MIXED[:1]) == tokens(reference, PROMPTS[:1], MIXED[:1])
     measured = session.memory().measured  # what streaming takes is no activation, though contexts ask for both as one
     streams = kept < 500 << 20
-    rows = 3 * CHUNK * CHUNK if streams else CHUNK  # a session that streams takes what the largest shapes need
+    rows = (3 if streams else 1) * CHUNK * CHUNK  # a session that streams takes what the largest shapes need
     assert measured.activations == aligned(1000 * rows + streams * (2 << 20)) - streams * (2 << 20)
     assert measured.total == cuda.used() and (measured.scratch > 2 << 20) == streams
     session.close()
@@ -1135,11 +1171,15 @@ def test_a_budget_that_tensorrt_does_not_take_is_told(streaming, machine, monkey
         TrtSession(streaming, weight_budget="10%")
 
 
-@pytest.mark.parametrize("allocations", range(1, 5))
+@pytest.mark.parametrize("allocations", range(1, 12))
 def test_a_reserve_that_fails_midway_can_be_tried_again(engine, machine, reference, monkeypatch, allocations):
-    """Every place where the memory of slots may run out: cache, decode state, its tokens, inputs."""
+    """Every place where the memory of slots may run out: activations, cache, both decode states and their tokens, inputs
+    on either side, logits on either side."""
     cuda, _ = machine()
     session = TrtSession(engine)
+    session.reserve(1, 20)
+    session._free_slots()
+    held = len(cuda.live)
     session.reserve(1, 20)
     real, left = cuda._allocate, allocations
 
@@ -1152,6 +1192,7 @@ def test_a_reserve_that_fails_midway_can_be_tried_again(engine, machine, referen
     with pytest.raises(UserError, match="no room"):
         session.reserve(3, 20)
     monkeypatch.setattr(cuda, "_allocate", real)
+    assert len(cuda.live) <= held
     with pytest.raises(ValueError, match="more than what was reserved"):
         session.step(np.array([[5]]), np.array([[0]]), np.array([[0]]))
     assert tokens(session, PROMPTS, MIXED) == tokens(reference, PROMPTS, MIXED)

@@ -33,13 +33,20 @@ class DecodeState:
         sizes |= dict.fromkeys(_PARAMS, 4 * slots)
         sizes |= {"noise": 4 * slots * capacity, "seen": slots * vocab_size, "next_seen": slots * vocab_size}
         total = sum(map(aligned, sizes.values()))
-        self._block = cuda.allocate(total)
+        self._tokens, self._block = [], 0
+        self._drawn = np.empty(0, np.float32)  # the parameters of the latest ``draw``, as they lie there
+        try:
+            for _ in range(2):
+                self._tokens.append(cuda.pinned(slots, np.int64))
+            self._block = cuda.allocate(total)
+        except BaseException:
+            self.free()
+            raise
         cuda.zero(self._block, total, total, 1)  # a slot that nobody was admitted to computes something, too
         self._places, address = {}, self._block
         for name, size in sizes.items():
             self._places[name] = Region(address, size)
             address += aligned(size)
-        self._tokens = [cuda.pinned(slots, np.int64) for _ in range(2)]
 
     def free(self) -> None:
         self._cuda.free(self._block)
@@ -72,8 +79,11 @@ class DecodeState:
         """All that the sampler has to know of ``rows`` rows of each sequence, a slot each with noise for one step: row i is
         chosen with that of the sequence's step i from now."""
         each = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
-        for name in _PARAMS:
-            self._put(name, np.repeat(np.array([getattr(params, name) for params in each], np.float32), rows))
+        values = np.array([[getattr(params, name) for params in each] for name in _PARAMS], np.float32).repeat(rows, 1)
+        if not np.array_equal(values, self._drawn):
+            for name, of_rows in zip(_PARAMS, values):
+                self._put(name, of_rows)
+            self._drawn = values
         noise = [np.zeros(rows, np.float32) if sampler is None else sampler.noise(rows) for sampler in samplers]
         self._put("noise", np.concatenate(noise))
 

@@ -71,10 +71,12 @@ def room_for_weights(engine: Engine, slots: int, free: int) -> int:
 
 
 def state_bytes(engine: Engine, slots: int) -> int:
-    """Logits, the sampler's noise and marks of seen tokens, inputs and the KV range; marks for the rows of a check, too."""
+    """Logits, the sampler's noise and marks of seen tokens, inputs and what is chosen from their logits, and the KV range;
+    logits and marks for the rows of a check of one sequence, too."""
     vocab_size, capacity = engine.spec.vocab_size, engine.capacity
-    of_a_slot = 4 * vocab_size + 2 * vocab_size + 4 * capacity + 3 * 8 * engine.chunk
-    return slots * of_a_slot + engine.check_rows * 2 * vocab_size + 8 * capacity
+    logits, marks = 4 * vocab_size, 2 * vocab_size
+    of_a_slot = marks + 4 * capacity + 6 * 8 * engine.chunk
+    return slots * of_a_slot + max(slots, engine.check_rows) * logits + engine.check_rows * marks + 8 * capacity
 
 
 def _beside_weights(engine: Engine, slots: int) -> tuple[int, int, int]:

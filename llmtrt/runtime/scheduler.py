@@ -192,7 +192,7 @@ class Scheduler:
             decoding = self._those("is_decoding")
             drafts = self._drafts(decoding) if drafts else []  # they continue the newest token
         if decoding and (on_host or drafts):
-            yield from self._decode_on_host(decoding, drafts or [NOTHING] * len(decoding))
+            yield from self._decode_and_wait(decoding, drafts or [NOTHING] * len(decoding))
         elif decoding:
             yield from self._decode_on_device(decoding)
 
@@ -200,7 +200,10 @@ class Scheduler:
         """A draft for each of ``decoding``, or none at all."""
         if self.speculation is None or self.speculation.rests():
             return []
-        drafts = self.speculation.drafts([slot.request for slot in decoding], self._check_rows)
+        requests, most = [slot.request for slot in decoding], self._check_rows
+        if self._device and not all(request.is_greedy for request in requests):
+            most = max(1, most // self._count(decoding))  # the device draws of so many rows of all
+        drafts = self.speculation.drafts(requests, most)
         return drafts if any(draft.tokens for draft in drafts) else []
 
     def _decode_on_device(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
@@ -223,8 +226,8 @@ class Scheduler:
             if slot.request is request and not request.cancelled:
                 yield self._took(slot, request.take(token))
 
-    def _decode_on_host(self, decoding: list[CacheSlot], drafts: list[Draft]) -> Iterator[Piece]:
-        """One step whose tokens the host chooses: each slot's last token, and behind it its draft.
+    def _decode_and_wait(self, decoding: list[CacheSlot], drafts: list[Draft]) -> Iterator[Piece]:
+        """One step whose tokens the host has before the next begins: each slot's last token, and behind it its draft.
 
         A draft's token is right where it is the one that is chosen anyway, from the logits of the row before, with the
         noise of that step: so the tokens are those that would come one by one, sampled ones too, as far as the logits of a
@@ -265,7 +268,7 @@ class Scheduler:
         if not by_host and all(request.is_greedy for request in requests.values()):
             return self._session.likeliest(input_ids, positions), _take
         # What a penalty is on in one row hangs on the tokens of the rows before.
-        if by_host or input_ids.size > self._check_rows or any(request.penalizes for request in requests.values()):
+        if by_host or any(request.penalizes for request in requests.values()):
             return self._session.row_logits(input_ids, positions), _accept
         samplers = [requests[index].sampler if index in requests else None for index in range(len(input_ids))]
         return self._session.drawn(input_ids, positions, samplers), _take

@@ -97,8 +97,6 @@ class TrtSession:
         self._settings.check(self._flavor)
         self.spec, self.chunk, self.check_rows = engine.spec, engine.chunk, engine.check_rows
         self._engine = engine
-        self._path, self._max_batch, self._max_seq = engine.path, engine.max_batch, engine.max_seq
-        self._capacity, self._debug_tensors = engine.capacity, engine.debug_tensors
         self._profiles = Profiles(engine)
         free = free_bytes(gpu)
         self._predicted = predict(engine, 1, budget, free)
@@ -118,7 +116,7 @@ class TrtSession:
         self._reserved = (0, 0)  # slots and rows of each that may be used
         self._activations, self._inputs, self._logits = _NOTHING, _NOTHING, _NOTHING
         self._host_inputs = self._host_logits = self._loop = None
-        self._prepared_count = 0
+        self._seen: set[tuple[Context, tuple[int, int, int, int]]] = set()  # which shapes each context was given
         self._state: DecodeState | None = None
         self._rows: DecodeState | None = None  # of the rows of a check, each as a sequence of its own
         self._weights: WeightInputs | None = None
@@ -140,15 +138,15 @@ class TrtSession:
     def reserve(self, slots: int, max_seq: int, keep: Sequence[int] = ()) -> int:
         """See ``Session``; the cache of each slot has the rows that the engine was built for."""
         if not self._engines:
-            raise UserError(f"{self._path} is closed: load it again")
-        if slots > self._max_batch:
+            raise UserError(f"{self._engine.path} is closed: load it again")
+        if slots > self._engine.max_batch:
             raise UserError(
-                f"{self._path} runs {self._max_batch} sequences at a time, not {slots}: ask for fewer, or "
+                f"{self._engine.path} runs {self._engine.max_batch} sequences at a time, not {slots}: ask for fewer, or "
                 f"build it with --max-batch {slots}"
             )
-        if max_seq > self._max_seq:
+        if max_seq > self._engine.max_seq:
             raise UserError(
-                f"{self._path} was built for {self._max_seq} tokens, not {max_seq}: ask for fewer, or build "
+                f"{self._engine.path} was built for {self._engine.max_seq} tokens, not {max_seq}: ask for fewer, or build "
                 f"it with --max-seq {max_seq}"
             )
         self._loop.discard()
@@ -158,7 +156,7 @@ class TrtSession:
         self._take_activations(slots, max_seq)
         if grows:
             self._allocate_slots(slots)
-        rows = min(self._capacity, max_seq + self.chunk)
+        rows = min(self._engine.capacity, max_seq + self.chunk)
         keeps = any(keep) and not grows
         if not keeps:
             self._kv.zero()
@@ -201,6 +199,10 @@ class TrtSession:
         """See ``DeviceSession``; as ``step``, it waits for the end."""
         if input_ids.size > self.check_rows:
             raise ValueError(f"{input_ids.size} rows are to be drawn of, more than {self.check_rows}")
+        if len(samplers) != len(input_ids) or any(each and each.seen is not None for each in samplers):
+            raise ValueError(
+                "every sequence of a step that is drawn takes a sampler without a repetition penalty, or None"
+            )
         self._check(input_ids, positions, True, samplers)
         return self._fetch_tokens(input_ids.shape)
 
@@ -250,7 +252,7 @@ class TrtSession:
     @property
     def prepared(self) -> int:
         """See ``DeviceSession``."""
-        return self._prepared_count + self._loop.captured
+        return len(self._seen) + self._loop.captured
 
     def admit(self, index: int, decoding: Decoding) -> None:
         """See ``DeviceSession``."""
@@ -302,7 +304,7 @@ class TrtSession:
             if self._loop is not None:
                 self._loop.close()  # a generator that nobody finished still holds it
             self._loop = None
-            self._contexts, self._kernels, self._engines = {}, {}, {}
+            self._seen, self._contexts, self._kernels, self._engines = set(), {}, {}, {}
             self._runtime = None
             self._state = self._rows = None
             self._cuda.close()
@@ -330,7 +332,7 @@ class TrtSession:
         if engine.weight_inputs:
             if package is not None:
                 raise UserError(
-                    f"{self._path} has its weights beside the plan and takes no others: leave --package out, or build an "
+                    f"{engine.path} has its weights beside the plan and takes no others: leave --package out, or build an "
                     "engine from that package"
                 )
             self._weights = WeightInputs(engine, self._decoders(), cuda)
@@ -344,7 +346,7 @@ class TrtSession:
             decoder.weight_streaming_budget_v2 = wanted
             if decoder.weight_streaming_budget_v2 != wanted:  # the setter drops TensorRT's answer
                 raise UserError(
-                    f"TensorRT refuses a weight budget of {wanted} bytes for {self._path} "
+                    f"TensorRT refuses a weight budget of {wanted} bytes for {engine.path} "
                     f"({logger.reason() or 'it gave no reason'}): ask for another --weight-budget"
                 )
             self._measured["weights"] = wanted
@@ -356,17 +358,17 @@ class TrtSession:
         caches = [KvCache(tensors, cuda) for tensors in self._decoders()]
         self._kv = caches[0]
         for cache in caches:
-            if not cache.aliased or len(cache) != 2 * self.spec.layers or cache.capacities() != {self._capacity}:
+            if not cache.aliased or len(cache) != 2 * self.spec.layers or cache.capacities() != {engine.capacity}:
                 raise UserError(
-                    f"{self._path}: the plan's KV cache is not the one that the manifest describes, updated in place: build "
-                    "the engine anew with `llmtrt build`"
+                    f"{engine.path}: the plan's KV cache is not the one that the manifest describes, updated in place: "
+                    "build the engine anew with `llmtrt build`"
                 )
-        if self._max_batch > 1 and not self._kv.slots_are_aligned:
+        if engine.max_batch > 1 and not self._kv.slots_are_aligned:
             raise UserError(
-                f"{self._path}: {self._capacity} rows of cache do not end where TensorRT lets the next sequence's begin: "
+                f"{engine.path}: {engine.capacity} rows of cache do not end where TensorRT lets the next sequence's begin: "
                 "build the engine anew with `llmtrt build`"
             )
-        positions = np.arange(self._capacity, dtype=np.int64)
+        positions = np.arange(engine.capacity, dtype=np.int64)
         self._range = Region(cuda.allocate(positions.nbytes), positions.nbytes)
         cuda.upload(self._range.address, positions)
         for tensor in self._tensors.get(DECODE, ()):
@@ -420,7 +422,7 @@ class TrtSession:
         decoder = self._decoder(batch, bucket)
         if sampled is None:
             return (decoder,)
-        return decoder, self._sampler(sampled, batch, self._state.places(), self._capacity)
+        return decoder, self._sampler(sampled, batch, self._state.places(), self._engine.capacity)
 
     def _contexts_of_check(self, batch: int, rows: int, bucket: int, sampled: bool | None) -> tuple[Context, ...]:
         """A prefill step whose every row's logits are wanted, or the token behind each as if it were a sequence."""
@@ -466,7 +468,7 @@ class TrtSession:
             places |= self._weights.places() if self._weights else {}
             context.bind(places | self._debug_places(context), self._activations)
             context.state = (first, *shapes, self._layout)
-            self._prepared_count += 1
+            self._seen.add((context, shapes))
         return context
 
     def _shapes(
@@ -498,28 +500,32 @@ class TrtSession:
         step = _SMALLEST_CONTEXT
         while 16 * step < length:
             step *= 2
-        return min(-(-length // step) * step, self._capacity)
+        return min(-(-length // step) * step, self._engine.capacity)
 
     def _take_activations(self, slots: int, max_seq: int) -> None:
         """Takes what ``slots`` sequences need of memory for activations; UserError, before anything is allocated, if that,
         their KV cache and the sampler's state do not fit."""
-        length = self._bucket(min(self._capacity, max_seq + self.chunk))
+        capacity, check_rows = self._engine.capacity, self.check_rows
+        length = self._bucket(min(capacity, max_seq + self.chunk))
         side_by_side = min(slots, self.chunk)  # a prefill step has a chunk of rows, of one prompt or of several
-        samplers = [(GREEDY, slots), (SAMPLER, slots)]
+        samplers = [(plan, sizes) for plan in (GREEDY, SAMPLER) for sizes in ((slots, capacity), (check_rows, 1))]
         if self._streaming_scratch:
-            samplers = [*sampler_rows(self.check_rows, self._max_batch).items()]
+            most = sampler_rows(check_rows, self._engine.max_batch)
+            samplers = [(plan, (rows, capacity)) for plan, rows in most.items()]
         decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
         rows, prefill = min(self.chunk, max_seq), (PLAN, self._profiles.prefill)
-        profile, padded = self._profiles.padded(1, rows, 1, self._capacity)
+        checked = min(check_rows, max_seq)
+        profile, padded = self._profiles.padded(1, rows, 1, capacity)
         steps = [(self._profiles.decode(count), (count, 1, 1, length)) for count in decoding]
         steps += [
             (prefill, (1, rows, 1, length)),
+            (prefill, (1, checked, checked, length)),
             (prefill, (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)),
             ((PLAN, profile), (1, padded, 1, length)),
         ]
         activations = max(
             *(self._needs(*place, sizes) for place, sizes in steps),
-            *(self._needs(plan, 0, (count, self._capacity)) for plan, count in samplers),
+            *(self._needs(plan, 0, sizes) for plan, sizes in samplers),
         )
         if self._streaming_scratch:
             # One block for good, of the largest shapes: sized by each step's shapes and moved when they grew, it gave NaN
@@ -551,7 +557,7 @@ class TrtSession:
     def _allocate_slots(self, slots: int) -> None:
         try:
             self._kv.allocate(slots)
-            self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._capacity)
+            self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._engine.capacity)
             self._rows = DecodeState(self._cuda, self.check_rows, self.spec.vocab_size, 1)
             size = len(_INPUTS + _CHOSEN) * aligned(slots * self.chunk * 8)
             self._inputs = Region(self._cuda.allocate(size), size)
@@ -607,7 +613,7 @@ class TrtSession:
         for region, _ in self._debug.values():
             self._cuda.free(region.address)
         self._debug = {}
-        for name in self._debug_tensors:
+        for name in self._engine.debug_tensors:
             shape = context.shape_of(name)
             size = int(np.prod(shape)) * self._engines[PLAN].get_tensor_dtype(name).itemsize
             self._debug[name] = Region(self._cuda.allocate(size), size), shape
