@@ -27,6 +27,9 @@ def copying(monkeypatch):
     monkeypatch.setattr(test_scheduler, "logits_after", copying_logits)
 
 
+SIZES = (2, 4, 8, 16)
+
+
 class Eager(Speculation):
     """Times that make every row free, so that all drafts are tried."""
 
@@ -126,7 +129,7 @@ def play(speculation, cost, right, steps, extra=lambda step, rows: 0.0, told=Tru
     speculation._draft = lambda each, most: Draft([0] * most, "any") if most > 0 else NOTHING
     tokens = 0
     for step in range(steps):
-        (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], 64)
+        (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], SIZES)
         rows = 1 + len(draft.tokens)
         speculation.measured(1, rows, cost(rows))
         accepted = 0
@@ -179,15 +182,15 @@ def test_a_first_step_that_compiles_does_not_count():
     for seconds in (9.0, 1.0):
         speculation.measured(1, 1, seconds)
     one = request([1, 2, 3, 1, 2])
-    (draft,) = speculation.drafts([one], 64)
+    (draft,) = speculation.drafts([one], SIZES)
     assert len(draft.tokens) == 1
     speculation.measured(1, 2, 60.0)
-    assert len(speculation.drafts([one], 64)[0].tokens) == 1  # not known yet
+    assert len(speculation.drafts([one], SIZES)[0].tokens) == 1  # not known yet
     speculation.measured(1, 2, 1.0)
-    assert len(speculation.drafts([one], 64)[0].tokens) == 3
+    assert len(speculation.drafts([one], SIZES)[0].tokens) == 3
     for _ in range(2):
         speculation.measured(1, 4, 1.9)  # for 1.875 tokens, where two rows give 1.5 in one
-    assert len(speculation.drafts([one], 64)[0].tokens) == 1
+    assert len(speculation.drafts([one], SIZES)[0].tokens) == 1
 
 
 def test_other_drafters_are_asked_for_each_request(tmp_path, copying):

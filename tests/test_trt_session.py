@@ -653,7 +653,7 @@ def test_a_step_that_cannot_be_captured_at_first_runs_once_before(engine, machin
     monkeypatch.setattr(Context, "run", needs_a_first_run)
     asked = [SamplingParams(max_tokens=6, ignore_eos=True)]
     assert tokens(session, PROMPTS[:1], asked) == tokens(reference, PROMPTS[:1], asked)
-    assert cuda.calls["cudaGraphLaunch"] == 5 and len(trt.runs_of(PLAN)) == 6
+    assert cuda.calls["cudaGraphLaunch"] == 4 and len(trt.runs_of(PLAN)) == 5
     session.close()
     assert not cuda.live
 
@@ -732,7 +732,7 @@ def test_a_step_of_another_batch_size_between_does_not_break_a_graph(engine, mac
 def test_a_step_sees_an_eighth_too_much_at_most(engine, machine, length, rows):
     machine()
     session = TrtSession(engine)
-    session._engine = SimpleNamespace(capacity=9999)
+    session._opened = SimpleNamespace(capacity=9999)
     assert session._bucket(length) == rows
     session.close()
 
@@ -849,7 +849,7 @@ def test_drafts_are_checked_in_one_step(engine, machine, reference, monkeypatch)
     assert {run["logits_index"][1] for run in trt.runs_of(PLAN, 1)} >= {1, 2}
     assert {run["logits"][0] for run in trt.runs_of(GREEDY)} >= {2, 3 * 2}
     # Where one of three sequences is sampled, two rows of each: the device draws of eight in all.
-    assert {run["logits"][0] for run in trt.runs_of(SAMPLER)} >= {1, 2, 4, 3 * 2}
+    assert {run["logits"][0] for run in trt.runs_of(SAMPLER)} >= {1, 2, 8, 3 * 2}
     assert max(run["logits"][0] for run in trt.runs_of(SAMPLER)) <= CHUNK
     assert on_host == {"mixed"}  # what has a penalty
     session.close()
@@ -867,9 +867,11 @@ def test_the_likeliest_token_of_every_row(engine, machine, reference, graphs):
         ids = rng.integers(0, 97, (3, rows))
         positions = before + np.broadcast_to(np.arange(rows), (3, rows))
         logits = reference.step(ids, positions, np.broadcast_to(np.arange(rows), (3, rows)))
-        assert np.array_equal(session.likeliest(ids, positions), logits.argmax(2))
-        assert np.array_equal(session.row_logits(ids, positions), logits)
+        for _ in range(2):  # as it is, to be captured, and twice from its graph
+            assert np.array_equal(session.likeliest(ids, positions), logits.argmax(2))
+            assert np.array_equal(session.row_logits(ids, positions), logits)
         before += rows
+    assert cuda.calls["cudaGraphLaunch"] == (4 * (2 + 2) if graphs else 0)
     assert cuda.calls["cudaGraphInstantiate"] == (8 if graphs else 0)  # larger logits move, and what was captured goes
     poison(cuda, session)
     assert (session.likeliest(ids, positions) == -1).all()

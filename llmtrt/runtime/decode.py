@@ -117,13 +117,14 @@ class DecodeState:
 
 
 class DecodeLoop:
-    """Runs decode steps, each behind the one before; a graph is captured for each number of slots, context bucket and kind
-    of sampler when it is first needed, and kept until ``forget``.
+    """Runs decode steps, each behind the one before, and checks; a graph is captured for each number of slots, context
+    bucket and kind of sampler, and for each size of a check, and kept until ``forget``.
 
-    ``decoder(slots, bucket, sampled)`` and ``checker(slots, rows, bucket, sampled)`` give the contexts of a step, model and
-    sampler (``sampled`` None: the model alone; False: the sampler of the likeliest token), ready to run. ``captures``:
-    without, each step is put on the stream anew. ``read_once()``: the weights and the caches, which a step reads once.
-    ``runs_first``: the model of a decode step runs once before it is captured.
+    ``decoder(slots, bucket, sampled)`` gives the contexts of a step, model and sampler (``sampled`` None: the model alone;
+    False: the sampler of the likeliest token), ready to run; ``checker(slots, rows, bucket)`` that of the model of a check,
+    and ``chooser(rows, sampled)`` that of the sampler of as many rows. ``captures``: without, each step is put on the stream
+    anew. ``read_once()``: the weights and the caches, which a step reads once.
+    ``runs_first``: a decode step is run as it is, as a check's model is, and captured when it comes again.
 
     Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
     past a stop is discarded.
@@ -133,14 +134,16 @@ class DecodeLoop:
         self,
         cuda: Cuda,
         decoder: Callable[[int, int, bool | None], Contexts],
-        checker: Callable[[int, int, int, bool | None], Contexts],
+        checker: Callable[[int, int, int], Contexts],
+        chooser: Callable[[int, bool], Contexts],
         captures: bool,
         read_once: Callable[[], tuple[Sequence[Region], Sequence[Region]]],
         runs_first: bool,
     ):
-        self._cuda, self._decoder, self._checker, self._captures = cuda, decoder, checker, captures
-        self._read_once, self._runs_first = read_once, runs_first
+        self._cuda, self._decoder, self._checker, self._chooser = cuda, decoder, checker, chooser
+        self._captures, self._read_once, self._runs_first = captures, read_once, runs_first
         self._graphs: dict[tuple, object] = {}
+        self._ran: set[tuple] = set()  # those to capture when they come again
         self._events = [cuda.event() for _ in range(2)]
         self._turn = self.captured = 0
         self._under_way: deque[tuple[object, np.ndarray]] = deque()
@@ -149,7 +152,7 @@ class DecodeLoop:
         """Drops the graphs: memory that they use has moved."""
         if self._graphs:
             self._cuda.drop_graphs()
-            self._graphs = {}
+        self._graphs, self._ran = {}, set()
 
     def close(self) -> None:
         """Lets go of the contexts, once the session's CUDA has destroyed the graphs."""
@@ -165,7 +168,7 @@ class DecodeLoop:
             raise ValueError("two steps are under way: ask for the tokens of the first")
         contexts = partial(self._decoder, slots, bucket, sampled)
         after = partial(state.advance, slots, sampled)
-        self._launch((slots, bucket, sampled), contexts, self._runs_first, after)
+        self._launch(("step", slots, bucket, sampled), contexts, self._runs_first, after)
         tokens, event = state.fetch(self._turn, slots), self._events[self._turn % 2]
         self._cuda.record(event)
         self._under_way.append((event, tokens))
@@ -179,13 +182,15 @@ class DecodeLoop:
 
     def check(self, slots: int, rows: int, bucket: int, sampled: bool | None) -> None:
         """As ``start``, one step of ``rows`` rows of each slot, which ends with the logits of all (``sampled`` None) or with
-        the token behind each; inputs and outputs are where ``checker`` bound them."""
-        contexts = partial(self._checker, slots, rows, bucket, sampled)
-        self._launch((slots, rows, bucket, "check", sampled), contexts, True)
+        the token behind each; inputs and outputs are where ``checker`` and ``chooser`` bound them."""
+        self._launch(("check", slots, rows, bucket), partial(self._checker, slots, rows, bucket), True)
+        if sampled is not None:
+            count = slots * rows
+            self._launch(("choose", count, sampled), partial(self._chooser, count, sampled), False)
 
     def logits(self, slots: int, bucket: int) -> None:
         """As ``start``, one step that ends with its logits."""
-        self._launch((slots, bucket, None), partial(self._decoder, slots, bucket, None), self._runs_first)
+        self._launch(("step", slots, bucket, None), partial(self._decoder, slots, bucket, None), self._runs_first)
 
     def _launch(
         self,
@@ -194,19 +199,16 @@ class DecodeLoop:
         runs_first: bool,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """``runs_first``: the model runs once before the step is captured."""
+        """``runs_first``: what comes once is run as it is, and captured behind its run when it comes again."""
         if key in self._graphs:
             self._cuda.launch(self._graphs[key])
             return
         contexts()
         found = contexts()  # to make the second ready may move the activations that the first was told of
 
-        def run() -> None:
+        def step() -> None:
             for context in found:
                 context.run()
-
-        def step() -> None:
-            run()
             after()
 
         if not self._captures:
@@ -216,14 +218,19 @@ class DecodeLoop:
         # the process begins 0.35 µs later, 5 % of a token (H100 and H200, driver 580). Prefill does not do that, and sets
         # up in its first run what cannot be set up in a capture.
         if runs_first:
-            found[0].run()
+            step()
+            if key in self._ran:
+                self._capture(key, step)
+            self._ran.add(key)
+            return
         try:
-            self._graphs[key] = self._capture(step)
+            self._capture(key, step)
         except RuntimeError:  # what TensorRT sets up in a first run, it could not set up in this one
-            run()
-            self._graphs[key] = self._capture(step)
-        self.captured += 1
-        self._cuda.launch(self._graphs[key])
+            step()
+            self._capture(key, step)
+        else:
+            self._cuda.launch(self._graphs[key])
 
-    def _capture(self, step: Callable[[], None]) -> object:
-        return self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
+    def _capture(self, key: tuple, step: Callable[[], None]) -> None:
+        self._graphs[key] = self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
+        self.captured += 1

@@ -18,6 +18,7 @@ from llmtrt.runtime.request import Piece, Request
 from llmtrt.runtime.session import DeviceSession, Session
 from llmtrt.runtime.speculation import NOTHING, Draft, Speculation, rows_for
 
+_CHECKS = (2, 4, 8, 16)  # rows of a step that checks drafts on a CPU, which takes longer the more they are
 # Rows of a prefix that are worth copying from another slot, or waiting for where another's prefill comes to them.
 _WORTHWHILE = 16
 
@@ -200,11 +201,18 @@ class Scheduler:
         """A draft for each of ``decoding``, or none at all."""
         if self.speculation is None or self.speculation.rests():
             return []
-        requests, most = [slot.request for slot in decoding], self._check_rows
-        if self._device and not all(request.is_greedy for request in requests):
-            most = max(1, most // self._count(decoding))  # the device draws of so many rows of all
-        drafts = self.speculation.drafts(requests, most)
+        drafts = self.speculation.drafts([slot.request for slot in decoding], self._sizes(decoding))
         return drafts if any(draft.tokens for draft in drafts) else []
+
+    def _sizes(self, decoding: list[CacheSlot]) -> list[int]:
+        """The rows of each of ``decoding`` that a step may check drafts in; padding fills a size up."""
+        most = self._check_rows
+        if self._device is None:
+            return [rows for rows in _CHECKS if rows <= most]
+        if not all(slot.request.is_greedy for slot in decoding):
+            most //= self._count(decoding)  # what it draws of, of all together
+        # Each is a shape that has to be made ready, and few rows take a GPU hardly less time than some more.
+        return [rows for rows in (most // 4, most) if rows > 1]
 
     def _decode_on_device(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
         """Starts the next step, and takes the tokens of the one before, which has run meanwhile."""
@@ -234,8 +242,7 @@ class Scheduler:
         step of several rows are those of one (Leviathan et al. 2023, arXiv:2211.17192, whose rule this is for a draft
         without a distribution).
         """
-        rows = rows_for(drafts)
-        slots = self._count(decoding)
+        rows, slots = rows_for(drafts, self._sizes(decoding)), self._count(decoding)
         input_ids, starts = np.zeros((slots, rows), np.int64), np.zeros((slots, 1), np.int64)
         for slot, position in self._parked(decoding, slots).items():
             starts[slot.index] = position

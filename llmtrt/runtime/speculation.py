@@ -7,7 +7,6 @@ from typing import Protocol
 
 from llmtrt.runtime.request import Request
 
-_ROWS = (1, 2, 4, 8, 16)  # of a step; each is a shape of its own to the runtime
 _REST, _LONGEST_REST = 64, 256  # steps without a draft where drafts did not pay, doubled each time in a row
 _JUDGED = 6  # steps from the first draft, after which what came is compared with what comes without
 _LOSS = 0.97  # of that, where it is called less
@@ -31,10 +30,11 @@ class Draft:
 NOTHING = Draft()
 
 
-def rows_for(drafts: Sequence[Draft]) -> int:
-    """The rows of a step that checks ``drafts``: those that the longest needs, and padding up to the next of a few sizes."""
-    needed = 1 + max(len(draft.tokens) for draft in drafts)
-    return next(rows for rows in _ROWS if rows >= needed)
+def rows_for(drafts: Sequence[Draft], sizes: Sequence[int]) -> int:
+    """The rows of a step that checks ``drafts``: those that the longest needs, and padding up to the next of ``sizes``; one
+    where there are none."""
+    longest = max(len(draft.tokens) for draft in drafts)
+    return next(rows for rows in sizes if rows > longest) if longest else 1
 
 
 class Drafter(Protocol):
@@ -122,15 +122,15 @@ class Speculation:
             return True
         return False
 
-    def drafts(self, requests: Sequence[Request], most_rows: int) -> list[Draft]:
-        """A draft for each of ``requests``, all to be checked in one step of up to ``most_rows`` rows."""
+    def drafts(self, requests: Sequence[Request], sizes: Sequence[int]) -> list[Draft]:
+        """A draft for each of ``requests``, all to be checked in one step whose rows are one of ``sizes``, which ascend from
+        2 on at least."""
         has_failed = self._is_trial and self._checked and not self._hits
         self._checked = self._hits = 0
         if has_failed or self._loses():
             self._begin_rest()
             return [NOTHING] * len(requests)
-        limit = max(rows for rows in _ROWS if rows <= most_rows)
-        found = [self._draft(request, min(limit, request.left) - 1) for request in requests]
+        found = [self._draft(request, min(max(sizes, default=1), request.left) - 1) for request in requests]
         if not any(draft.tokens for draft in found) or self.seconds(len(found), 1) is None:
             return [NOTHING] * len(found)
         one = self._times[len(found), 1]
@@ -138,11 +138,11 @@ class Speculation:
             self._times[len(found), 1] = _Times(one.samples, self._now)  # asked for once, as prefill may prevent it
             self._rest = _SAMPLES + 2  # the first fill the queue
             return [NOTHING] * len(found)
-        rows = self._rows(found, limit)
+        rows = self._rows(found, sizes)
         if rows > 1:
             self._is_trial = False
         elif self._is_trial:
-            rows = 2
+            rows = sizes[0]
         else:
             self._begin_rest()
         return [Draft(draft.tokens[: rows - 1], draft.kind) for draft in found]
@@ -151,10 +151,8 @@ class Speculation:
         """So many tokens of ``sequences`` came in the time since the step before, whatever that was spent on."""
         if self._given is None:
             return
-        times = [self._times[sequences, rows].seconds for rows in _ROWS if (sequences, rows) in self._times]
-        if known := [
-            each for each in times if each is not None
-        ]:  # no more than that of a pause, as of whoever reads the tokens
+        known = [times.seconds for (count, _), times in self._times.items() if count == sequences and times.samples]
+        if known:  # no more than that of a pause, as of whoever reads the tokens
             seconds = min(seconds, _LONGEST_STEP * max(known))
         before = self._given if self._given.sequences == sequences else _NONE_GIVEN
         self._given = _Given(
@@ -225,14 +223,12 @@ class Speculation:
             self._next_rest = _REST
         return ratio < _LOSS - 1 / given.steps  # few say little
 
-    def _rows(self, drafts: list[Draft], limit: int) -> int:
+    def _rows(self, drafts: list[Draft], sizes: Sequence[int]) -> int:
         """The number of rows that promises the most tokens a second."""
         count = len(drafts)
         seconds = self.seconds(count, 1)
         best, rate = 1, _FASTER * count / seconds
-        for rows in _ROWS[1:]:
-            if rows > limit:
-                break
+        for rows in sizes:
             known = self.seconds(count, rows)
             # Not known: no longer than with fewer rows, so that it is tried where that may pay.
             seconds = known or seconds

@@ -96,7 +96,7 @@ class TrtSession:
         self._flavor = choose_for(engine.flavor, engine.flavor_version, engine.version_compatible, str(engine.path))
         self._settings.check(self._flavor)
         self.spec, self.chunk, self.check_rows = engine.spec, engine.chunk, engine.check_rows
-        self._engine = engine
+        self._opened = engine
         self._profiles = Profiles(engine)
         free = free_bytes(gpu)
         self._predicted = predict(engine, 1, budget, free)
@@ -126,7 +126,7 @@ class TrtSession:
         try:
             self._free_at_start = self._cuda.free_bytes()
             self._load(engine, package, budget, gpu, kernel_folder, trust_host_code, verify)
-            steps = self._contexts_of_step, self._contexts_of_check
+            steps = self._contexts_of_step, self._context_of_check, self._context_of_choice
             # Only of weights that stay has it been seen that TensorRT needs no run before a capture.
             self._loop = DecodeLoop(self._cuda, *steps, cuda_graphs, self._read_once, engine.streams)
         except BaseException:
@@ -138,15 +138,15 @@ class TrtSession:
     def reserve(self, slots: int, max_seq: int, keep: Sequence[int] = ()) -> int:
         """See ``Session``; the cache of each slot has the rows that the engine was built for."""
         if not self._engines:
-            raise UserError(f"{self._engine.path} is closed: load it again")
-        if slots > self._engine.max_batch:
+            raise UserError(f"{self._opened.path} is closed: load it again")
+        if slots > self._opened.max_batch:
             raise UserError(
-                f"{self._engine.path} runs {self._engine.max_batch} sequences at a time, not {slots}: ask for fewer, or "
+                f"{self._opened.path} runs {self._opened.max_batch} sequences at a time, not {slots}: ask for fewer, or "
                 f"build it with --max-batch {slots}"
             )
-        if max_seq > self._engine.max_seq:
+        if max_seq > self._opened.max_seq:
             raise UserError(
-                f"{self._engine.path} was built for {self._engine.max_seq} tokens, not {max_seq}: ask for fewer, or build "
+                f"{self._opened.path} was built for {self._opened.max_seq} tokens, not {max_seq}: ask for fewer, or build "
                 f"it with --max-seq {max_seq}"
             )
         self._loop.discard()
@@ -156,7 +156,7 @@ class TrtSession:
         self._take_activations(slots, max_seq)
         if grows:
             self._allocate_slots(slots)
-        rows = min(self._engine.capacity, max_seq + self.chunk)
+        rows = min(self._opened.capacity, max_seq + self.chunk)
         keeps = any(keep) and not grows
         if not keeps:
             self._kv.zero()
@@ -422,17 +422,17 @@ class TrtSession:
         decoder = self._decoder(batch, bucket)
         if sampled is None:
             return (decoder,)
-        return decoder, self._sampler(sampled, batch, self._state.places(), self._engine.capacity)
+        return decoder, self._sampler(sampled, batch, self._state.places(), self._opened.capacity)
 
-    def _contexts_of_check(self, batch: int, rows: int, bucket: int, sampled: bool | None) -> tuple[Context, ...]:
-        """A prefill step whose every row's logits are wanted, or the token behind each as if it were a sequence."""
+    def _context_of_check(self, batch: int, rows: int, bucket: int) -> tuple[Context]:
+        """That of a prefill step whose every row's logits are wanted."""
+        return (self._prefill(0, batch, rows, rows, bucket, self._profiles.prefill),)
+
+    def _context_of_choice(self, rows: int, sampled: bool) -> tuple[Context]:
+        """That of a sampler for rows of a check, each as if it were a sequence."""
         places = self._input_places()
-        model = self._context(PLAN, self._profiles.prefill)
-        model = self._prepared(model, 0, (batch, rows, rows, bucket), places)
-        if sampled is None:
-            return (model,)
         places = self._rows.places() | places | {"last_rows": places["positions"]}
-        return model, self._sampler(sampled, batch * rows, places, 1)
+        return (self._sampler(sampled, rows, places, 1),)
 
     def _prefill(self, first: int, batch: int, rows: int, wanted: int, length: int, profile: int) -> Context:
         context = self._context(PLAN, profile)
@@ -500,17 +500,17 @@ class TrtSession:
         step = _SMALLEST_CONTEXT
         while 16 * step < length:
             step *= 2
-        return min(-(-length // step) * step, self._engine.capacity)
+        return min(-(-length // step) * step, self._opened.capacity)
 
     def _take_activations(self, slots: int, max_seq: int) -> None:
         """Takes what ``slots`` sequences need of memory for activations; UserError, before anything is allocated, if that,
         their KV cache and the sampler's state do not fit."""
-        capacity, check_rows = self._engine.capacity, self.check_rows
+        capacity, check_rows = self._opened.capacity, self.check_rows
         length = self._bucket(min(capacity, max_seq + self.chunk))
         side_by_side = min(slots, self.chunk)  # a prefill step has a chunk of rows, of one prompt or of several
         samplers = [(plan, sizes) for plan in (GREEDY, SAMPLER) for sizes in ((slots, capacity), (check_rows, 1))]
         if self._streaming_scratch:
-            most = sampler_rows(check_rows, self._engine.max_batch)
+            most = sampler_rows(check_rows, self._opened.max_batch)
             samplers = [(plan, (rows, capacity)) for plan, rows in most.items()]
         decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
         rows, prefill = min(self.chunk, max_seq), (PLAN, self._profiles.prefill)
@@ -538,7 +538,7 @@ class TrtSession:
             0,
             self._kv.bytes_for(slots) if grows else 0,
             max(0, aligned(activations) - self._activations.size),
-            state_bytes(self._engine, slots) if grows else 0,
+            state_bytes(self._opened, slots) if grows else 0,
         )
         needed.require(
             self._cuda.free_bytes(),
@@ -557,7 +557,7 @@ class TrtSession:
     def _allocate_slots(self, slots: int) -> None:
         try:
             self._kv.allocate(slots)
-            self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._engine.capacity)
+            self._state = DecodeState(self._cuda, slots, self.spec.vocab_size, self._opened.capacity)
             self._rows = DecodeState(self._cuda, self.check_rows, self.spec.vocab_size, 1)
             size = len(_INPUTS + _CHOSEN) * aligned(slots * self.chunk * 8)
             self._inputs = Region(self._cuda.allocate(size), size)
@@ -613,7 +613,7 @@ class TrtSession:
         for region, _ in self._debug.values():
             self._cuda.free(region.address)
         self._debug = {}
-        for name in self._engine.debug_tensors:
+        for name in self._opened.debug_tensors:
             shape = context.shape_of(name)
             size = int(np.prod(shape)) * self._engines[PLAN].get_tensor_dtype(name).itemsize
             self._debug[name] = Region(self._cuda.allocate(size), size), shape
