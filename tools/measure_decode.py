@@ -84,17 +84,17 @@ def prefill(llm: LLM, ids: list[int]) -> dict:
 
 def speed(folder: Path, shape: str, results: dict) -> None:
     warm(engine_folder(folder, ONLY[0]))
-    for name, settings in {
-        "plan": {},
-        "inputs": {},
-        "inputs, EAGER": {"kernel_specialization": "EAGER"},
-    }.items():
-        if (engine := name.split(",")[0]) not in ONLY:
+    eager = {"kernel_specialization": "EAGER"}
+    cases = {"plan": {}, "inputs": {}, "inputs, short": {}, "inputs, EAGER": eager}
+    for name, settings in cases.items():
+        engine = name.removesuffix(", EAGER")
+        if engine not in ONLY:
             continue
         with Peak() as peak:
             llm, seconds = load(engine_folder(folder, engine), **settings)
             found = {"load_seconds": round(seconds, 2), **rates(llm, PLAIN)}
-        found["ttft_2048_ms"] = rates(llm, Case(2048, 2))["ttft_ms"]
+        if llm.max_seq > 2048:
+            found["ttft_2048_ms"] = rates(llm, Case(2048, 2))["ttft_ms"]
         found["memory"] = llm.memory().to_json() | {"peak": peak.bytes}
         ids = ids_of(llm, PROMPT)
         found["greedy"] = llm.generate(ids, SamplingParams(max_tokens=16, **GREEDY)).token_ids
