@@ -121,12 +121,12 @@ def request(prompt, most=1000):
     return Request(0, np.array(prompt), SamplingParams(max_tokens=most), spec, 5000, None, 0.0)
 
 
-def play(speculation, cost, right, steps, extra=lambda step, rows: 0.0, told=True):
+def play(speculation, cost, right, steps, extra=lambda step, rows: 0.0, told=True, kind=lambda: "any"):
     """Steps of one request whose drafts never end, of each: its rows, tokens and seconds. ``right(tokens)``: whether one
     more of a draft's tokens is right, behind so many; ``extra(step, rows)``: seconds beside the ``cost`` of a step by its
-    rows, which it does not measure; ``told``: whether it hears of the time that goes by."""
+    rows, which it does not measure; ``told``: whether it hears of the time that goes by; ``kind()``: that of a draft."""
     one = request([1, 2, 3, 1, 2, 3], most=100_000)
-    speculation._draft = lambda each, most: Draft([0] * most, "any") if most > 0 else NOTHING
+    speculation._draft = lambda each, most: Draft([0] * most, kind()) if most > 0 else NOTHING
     tokens = 0
     for step in range(steps):
         (draft,) = [NOTHING] if speculation.rests() else speculation.drafts([one], SIZES)
@@ -175,6 +175,20 @@ def test_it_notices_that_drafts_have_become_right():
     before = simulate(COSTS["as TensorRT"], lambda tokens: 0.02, steps=1000)
     after = simulate(COSTS["as TensorRT"], lambda tokens: 0.02 if tokens < 1000 else 0.95, steps=1500)
     assert 0.97 < before < 1.0 and after > 2
+
+
+def test_a_kind_that_does_not_pay_does_not_stop_another():
+    cost, rng = COSTS["as TensorRT"], np.random.default_rng(0)
+    share, now = {"good": 0.95, "bad": 0.02}, []
+
+    def kind():
+        now[:] = rng.choice([*share], 1)
+        return now[0]
+
+    played = play(Speculation(), cost, lambda _: rng.random() < share[now[0]], 3000, kind=kind)
+    _, tokens, seconds = map(sum, zip(*played))
+    best = ((1 - 0.95**16) / 0.05 + 1) / (cost(16) + cost(1))
+    assert tokens / seconds > 0.9 * best
 
 
 def test_a_first_step_that_compiles_does_not_count():

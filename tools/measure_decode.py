@@ -5,7 +5,8 @@ python tools/measure_decode.py FOLDER {8b,1b} STAGE…     # FOLDER keeps packag
 With ONLY="plan;inputs, short" in the environment, of the engines named there alone.
 
 build     random INT4 weights, the head's too: engines with them in the plan or as inputs, for short and long contexts
-speed     prompt 512, 128 new tokens: tokens/s, TTFT of 512 and 2,048 tokens, a token's time split by kernels; memory
+speed     prompt 512, 128 new tokens: tokens/s, greedy and sampled, TTFT of 512 and 2,048 tokens, a token's time split by
+          kernels; memory
 context   steps behind 512 and behind 8,192 tokens, in caches of 1,024 to 34,816 rows; prefill of 2,048 and 8,192 tokens;
           in a call of its own: the profiler of speed may slow the steps that follow it
 growth    a sequence that grows from 512 to 2,048 tokens: the longest gaps between two, where a shape is new, with compiled
@@ -97,6 +98,8 @@ def speed(folder: Path, shape: str, results: dict) -> None:
             found["ttft_2048_ms"] = rates(llm, Case(2048, 2))["ttft_ms"]
         found["memory"] = llm.memory().to_json() | {"peak": peak.bytes}
         ids = ids_of(llm, PROMPT)
+        sampled = SamplingParams(max_tokens=NEW, temperature=0.8, top_p=0.95, seed=1, ignore_eos=True)
+        found["sampled_tokens_per_s"] = round(max(llm.generate(ids, sampled).tokens_per_second for _ in range(3)), 1)
         found["greedy"] = llm.generate(ids, SamplingParams(max_tokens=16, **GREEDY)).token_ids
         found["profile"], found["prefill"] = attempted(profile, llm, ids), attempted(prefill, llm, ids)
         say(name, found)

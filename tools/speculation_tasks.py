@@ -1,13 +1,19 @@
-"""Prompt lookup on real text: an edit of code, a passage to say again in short, an open chat."""
+"""Prompt lookup on real text: an edit of code, a passage to say again in short, an open chat.
 
+python tools/speculation_tasks.py ENGINE DATA {plain,prompt-lookup}     # the folder DATA has the texts; prints JSON
+"""
+
+import json
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from llmtrt import LLM, SamplingParams
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from llmtrt import LLM, SamplingParams  # noqa: E402
 
-NEW = 192
+NEW, RUNS = 192, 3
 SAMPLING = {
     "greedy": SamplingParams(max_tokens=NEW, temperature=0),
     "sampled": SamplingParams(max_tokens=NEW, temperature=0.8, top_p=0.9, seed=1),
@@ -34,27 +40,41 @@ def tasks(data: Path) -> dict[str, list[dict]]:
     return found
 
 
-def compare(plain: LLM, fast: LLM, data: Path, runs: int = 3) -> dict:
-    """Each task on both in turn, greedily and sampled, ``runs`` times after a first: tokens/s of both, tokens that a step of
-    ``fast`` gave, and the first token that differs, with the distance of the two likeliest logits there."""
-    results = {}
+def answers(llms: list[LLM], data: Path, runs: int) -> list[dict[str, dict]]:
+    """What each of ``llms`` made of each task, greedily and sampled: its tokens, and tokens/s of ``runs`` times after a
+    first, in turn with the others'."""
+    found: list[dict[str, dict]] = [{} for _ in llms]
     for name, messages in tasks(data).items():
         for how, params in SAMPLING.items():
-            rates, per_step = [], []
             for run in range(runs + 1):
-                before = fast.speculation.accepted
-                one, other = (llm.chat(messages, params) for llm in (plain, fast))
-                if run:
-                    rates.append((one.tokens_per_second, other.tokens_per_second))
-                    later = len(other.token_ids) - 1
-                    per_step.append(later / max(1, later - (fast.speculation.accepted - before)))
+                for llm, told in zip(llms, found):
+                    before = llm.speculation.accepted if llm.speculation else 0
+                    done = llm.chat(messages, params)
+                    later = len(done.token_ids) - 1
+                    accepted = llm.speculation.accepted - before if llm.speculation else 0
+                    each = told.setdefault(f"{name}, {how}", {"tokens_per_s": [], "tokens_per_step": []})
+                    each |= {"prompt_tokens": done.prompt_tokens, "token_ids": done.token_ids}
+                    if run:
+                        each["tokens_per_s"].append(done.tokens_per_second)
+                        each["tokens_per_step"].append(later / max(1, later - accepted))
+    return found
+
+
+def compare(plain: dict[str, dict], fast: dict[str, dict], llm: LLM, data: Path) -> dict:
+    """By task: tokens/s of both and their ratio, medians; tokens that a step of ``fast`` gave; and the first token that
+    differs, with the distance of the two likeliest logits there, of ``llm``."""
+    results = {}
+    for name, messages in tasks(data).items():
+        for how in SAMPLING:
+            one, other = (each[f"{name}, {how}"] for each in (plain, fast))
+            rates = [statistics.median(each["tokens_per_s"]) for each in (one, other)]
             results[f"{name}, {how}"] = {
-                "prompt_tokens": one.prompt_tokens,
-                "new_tokens": [len(one.token_ids), len(other.token_ids)],
-                "tokens_per_s": [round(statistics.median(each), 1) for each in zip(*rates)],
-                "ratio": round(statistics.median(b / a for a, b in rates), 3),
-                "tokens_per_step": round(statistics.median(per_step), 2),
-                "first_difference": _first_difference(plain, messages, one.token_ids, other.token_ids),
+                "prompt_tokens": one["prompt_tokens"],
+                "new_tokens": [len(one["token_ids"]), len(other["token_ids"])],
+                "tokens_per_s": [round(rate, 1) for rate in rates],
+                "ratio": round(rates[1] / rates[0], 3),
+                "tokens_per_step": round(statistics.median(other["tokens_per_step"]), 2),
+                "first_difference": _first_difference(llm, messages, one["token_ids"], other["token_ids"]),
             }
     return results
 
@@ -66,3 +86,15 @@ def _first_difference(llm: LLM, messages: list[dict], one: list[int], other: lis
     prompt = llm.encode(llm.tokenizer.render_chat(messages), special=False)
     second, first = np.sort(llm.logits([*prompt, *one[:place]])[-1])[-2:]
     return {"token": place, "margin": round(float(first - second), 4)}
+
+
+def main() -> None:
+    path, data, kind = sys.argv[1:]
+    with LLM(path, verify=False, reuse_prefixes=False, speculation=None if kind == "plain" else kind) as llm:
+        (found,) = answers([llm], Path(data), RUNS)
+        seconds = {f"{rows} rows": llm.speculation.seconds(1, rows) for rows in (1, 4, 16)} if llm.speculation else None
+    print(json.dumps({"answers": found, "seconds_of_a_step": seconds}))
+
+
+if __name__ == "__main__":
+    main()

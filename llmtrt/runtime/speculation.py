@@ -7,7 +7,10 @@ from typing import Protocol
 
 from llmtrt.runtime.request import Request
 
-_REST, _LONGEST_REST = 64, 256  # steps without a draft where drafts did not pay, doubled each time in a row
+_REST, _LONGEST_REST = (
+    64,
+    256,
+)  # steps without a draft, or a kind of draft, that did not pay; doubled each time in a row
 _JUDGED = 6  # steps from the first draft, after which what came is compared with what comes without
 _LOSS = 0.97  # of that, where it is called less
 _SAMPLES = 5  # times of steps of one size that are kept; their median counts, since other programs run now and then
@@ -97,9 +100,9 @@ _NONE_GIVEN = _Given(0, 0, 0.0, 0.0)
 
 class Speculation:
     """Asks a drafter for each request, and lets a step have as many rows as promise the most tokens a second, from how
-    long steps of that many rows took and how often drafts were right. Where none promises more than one row does, or what
-    came was less than steps of one row, one right behind the other, give, it rests and then tries one short draft, which
-    shows whether that is still so.
+    long steps of that many rows took and how often drafts of their kind were right. One that promises no more than one row
+    does is left, but for a short one now and then that shows whether that is still so. Where what came was less than steps
+    of one row, one right behind the other, give, it rests.
 
     ``steps``, ``drafted``, ``accepted``: steps with a draft, the tokens of these, and those that were right.
     """
@@ -110,25 +113,30 @@ class Speculation:
         self._times: dict[tuple[int, int], _Times] = {}  # of a step, by its sequences and the rows of each
         self._now = 0  # steps so far
         self._right: dict[Hashable, tuple[float, float]] = {}  # by kind
-        self._rest, self._next_rest, self._is_trial, self._checked, self._hits = 0, _REST, False, 0, 0
+        self._rest, self._next_rest = 0, _REST
+        self._left_alone, self._next_trial = _REST, _REST  # steps until a draft that promises nothing is tried
+        self._is_trial, self._checked, self._hits = False, 0, 0
         self._given: _Given | None = None  # until a draft was checked
         self.steps = self.drafted = self.accepted = 0
 
     def rests(self) -> bool:
         """Whether the next step, which this counts, is to go without a draft."""
+        self._left_alone = max(0, self._left_alone - 1)
         if self._rest:
             self._rest -= 1
-            self._is_trial = not self._rest
             return True
         return False
 
     def drafts(self, requests: Sequence[Request], sizes: Sequence[int]) -> list[Draft]:
         """A draft for each of ``requests``, all to be checked in one step whose rows are one of ``sizes``, which ascend from
         2 on at least."""
-        has_failed = self._is_trial and self._checked and not self._hits
-        self._checked = self._hits = 0
-        if has_failed or self._loses():
-            self._begin_rest()
+        if self._is_trial and self._checked and not self._hits:
+            self._left_alone = self._next_trial
+            self._next_trial = min(2 * self._next_trial, _LONGEST_REST)
+        self._is_trial, self._checked, self._hits = False, 0, 0
+        if self._loses():
+            self._rest, self._given = self._next_rest, None
+            self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
             return [NOTHING] * len(requests)
         found = [self._draft(request, min(max(sizes, default=1), request.left) - 1) for request in requests]
         if not any(draft.tokens for draft in found) or self.seconds(len(found), 1) is None:
@@ -139,12 +147,8 @@ class Speculation:
             self._rest = _SAMPLES + 2  # the first fill the queue
             return [NOTHING] * len(found)
         rows = self._rows(found, sizes)
-        if rows > 1:
-            self._is_trial = False
-        elif self._is_trial:
-            rows = sizes[0]
-        else:
-            self._begin_rest()
+        if rows == 1 and not self._left_alone:
+            rows, self._is_trial = sizes[0], True
         return [Draft(draft.tokens[: rows - 1], draft.kind) for draft in found]
 
     def gave(self, sequences: int, tokens: int, seconds: float) -> None:
@@ -183,7 +187,8 @@ class Speculation:
         for request in requests:
             self._known.pop(id(request), None)
         # What comes next may be another kind of text.
-        self._rest, self._next_rest = min(self._rest, _REST), _REST
+        self._rest, self._left_alone = min(self._rest, _REST), min(self._left_alone, _REST)
+        self._next_rest = self._next_trial = _REST
 
     def verified(self, draft: Draft, accepted: int) -> None:
         """``accepted`` tokens of ``draft``, from its start, were right."""
@@ -208,19 +213,15 @@ class Speculation:
         token_ids += request.token_ids[len(token_ids) - len(request.prompt) :]
         return drafter.draft(token_ids, most)
 
-    def _begin_rest(self) -> None:
-        self._rest, self._is_trial, self._given = self._next_rest, False, None
-        self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
-
     def _loses(self) -> bool:
-        """Whether fewer tokens came than without drafts; where more did, the next rest is a short one."""
+        """Whether fewer tokens came than without drafts; where more did, the next rests are short ones."""
         given = self._given
         one = self.seconds(given.sequences, 1) if given else None
         if one is None or given.steps < _JUDGED:
             return False
         ratio = given.tokens / given.sequences * one / given.seconds
         if ratio >= _FASTER:
-            self._next_rest = _REST
+            self._next_rest = self._next_trial = _REST
         return ratio < _LOSS - 1 / given.steps  # few say little
 
     def _rows(self, drafts: list[Draft], sizes: Sequence[int]) -> int:
