@@ -14,10 +14,10 @@ rounds off as much as a very unlikely token weighs, so that where nothing cuts t
 in their order (SmolLM2).
 
 No TopK: the borders of top_k and top_p are found by bisection. On an H100 with V = 128256 (TensorRT-RTX, a CUDA graph,
-batch 1) 32 rounds take some 130 µs for any k, where TopK takes 438 for k = 64 and 6200 for k = 3840, its most. Reductions
+batch 1) 32 rounds take 126 µs for any k, where TopK takes 438 for k = 64 and 6200 for k = 3840, its most. Reductions
 go over blocks of about V / 128 and then over those, in half the time of one over V; so does the cumulative sum (16 µs, not
 136). Blocks are a multiple of 128 long: those of 1,002 are read number by number, not four at once, and the whole graph then
-takes 512 µs, not 312, and for 16 sequences 4.3 ms, not 1.4.
+takes 521 µs, not 289, and for 64 sequences 15 ms, not 4.5 (benchmarks/gpu-sampler.json).
 """
 
 from collections.abc import Callable
