@@ -94,7 +94,7 @@ def shares(logits, params, seen):
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize(("vocab_size", "rounds"), [(97, 300), (128, 300), (1000, 300), (49152, 100)])
+@pytest.mark.parametrize(("vocab_size", "rounds"), [(97, 300), (128, 300), (1000, 300), (20_000, 100), (49152, 100)])
 def test_tokens_are_those_of_the_host(vocab_size, rounds):
     rng = np.random.default_rng(vocab_size)
     differing = total = 0
@@ -220,7 +220,7 @@ def test_sums_of_another_order():
     assert here.run(None, feeds)[0].tolist() == [[0], [2], [2], [2], [2]]
 
 
-@pytest.mark.parametrize("vocab_size", [97, 1024])
+@pytest.mark.parametrize("vocab_size", [97, 1024, 20_000])
 @pytest.mark.parametrize("drawn", [0.0, np.nextafter(np.float32(1), np.float32(0))])
 def test_the_ends_of_the_noise(vocab_size, drawn):
     """They are tokens with a weight, never masked ones or those that fill up the last block."""
@@ -233,7 +233,7 @@ def test_the_ends_of_the_noise(vocab_size, drawn):
         assert token == kept[-1 if drawn else 0]
 
 
-@pytest.mark.parametrize("vocab_size", [97, 128])
+@pytest.mark.parametrize("vocab_size", [97, 1000, 20_000])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 96, slice(None)])
 def test_logits_that_are_not_numbers(vocab_size, bad, place):

@@ -191,7 +191,8 @@ def step_all(session, rows, wanted, start=0):
         pytest.param(((1, 1), (8, 8), (1, 1), (8, 8)), id="both grow"),
     ],
 )
-def test_buffers_that_grow_are_told_to_both_contexts(engine, machine, reference, shapes):
+def test_buffers_that_grow_are_told_to_both_contexts(engine, machine, reference, monkeypatch, shapes):
+    monkeypatch.setattr(runtime, "most_checked", lambda engine, slots: 1)  # or logits that suffice are taken at once
     machine()
     session = TrtSession(engine)
     for each in (session, reference):
@@ -678,7 +679,8 @@ def test_a_stream_that_is_left_in_the_middle_hurts_nobody(engine, machine, refer
     session.close()
 
 
-def test_memory_that_moves_captures_anew(engine, machine, reference):
+def test_memory_that_moves_captures_anew(engine, machine, reference, monkeypatch):
+    monkeypatch.setattr(runtime, "most_checked", lambda engine, slots: 1)
     cuda, _ = machine()
     session = TrtSession(engine)
 
@@ -856,7 +858,7 @@ def test_drafts_are_checked_in_one_step(engine, machine, reference, monkeypatch)
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_the_likeliest_token_of_every_row(engine, machine, reference, graphs):
+def test_the_likeliest_token_of_every_row(engine, machine, reference, monkeypatch, graphs):
     cuda, _ = machine()
     session = TrtSession(engine, cuda_graphs=graphs)
     rng = np.random.default_rng(4)
@@ -871,10 +873,13 @@ def test_the_likeliest_token_of_every_row(engine, machine, reference, graphs):
             assert np.array_equal(session.likeliest(ids, positions), logits.argmax(2))
             assert np.array_equal(session.row_logits(ids, positions), logits)
         before += rows
-    assert cuda.calls["cudaGraphLaunch"] == (4 * (2 + 2) if graphs else 0)
-    assert cuda.calls["cudaGraphInstantiate"] == (8 if graphs else 0)  # larger logits move, and what was captured goes
+    assert cuda.calls["cudaGraphLaunch"] == (3 * (2 + 2) + 4 + 2 if graphs else 0)
+    assert cuda.calls["cudaGraphInstantiate"] == (3 * 2 if graphs else 0)
     poison(cuda, session)
     assert (session.likeliest(ids, positions) == -1).all()
+    monkeypatch.setattr(session, "most_checked", 5)
+    with pytest.raises(ValueError, match="3 × 2 rows are to be checked, more than 5"):
+        session.likeliest(ids, positions)
     with pytest.raises(ValueError, match="from slot 0 on, up to position 48, is more than what was reserved"):
         session.likeliest(ids, positions + 48 - int(positions.max()))
     session.close()
@@ -928,7 +933,6 @@ def test_a_first_check_moves_nothing(engine, machine, monkeypatch, graphs):
     sampler = Sampler(SamplingParams(temperature=1, seed=1), 97, np.array([5]))
     session.reserve(1, 30)
     one, rows = np.zeros((1, 1), np.int64), np.arange(CHUNK)[None]
-    session.row_logits(rows[:, :2], rows[:, :2])  # all logits that a check may have lie where they stay
     layout, counts = session._layout, []
     for _ in range(3):
         session.step(one, one + 9, one)
@@ -938,7 +942,7 @@ def test_a_first_check_moves_nothing(engine, machine, monkeypatch, graphs):
         session.row_logits(rows[:, :2], rows[:, :2])
         counts.append(session.prepared)
     assert session._layout == layout
-    assert counts[0] > 1 and counts == counts[:1] * 3
+    assert counts[0] > 1 and counts == [counts[0], counts[0] + graphs, counts[0] + graphs]  # two rows are captured then
     session.close()
 
 
@@ -999,7 +1003,7 @@ def test_memory_is_told_by_kind(engine, machine):
     tokens(session, PROMPTS, MIXED)
     last = session.memory()
     assert last.predicted.kv_cache == last.measured.kv_cache == 3 * kv
-    assert last.measured.activations == aligned(CHUNK * CHUNK * 1000)  # a check of a chunk of rows
+    assert last.measured.activations == aligned(3 * CHUNK * CHUNK * 1000)  # a check of a chunk of rows of each
     assert last.measured.total == cuda.used()
     # Logits, noise, marks, inputs and the range, and what a check draws with, each rounded up: as predicted but for that.
     assert 0 < last.measured.scratch - last.predicted.scratch < 256 * 48
@@ -1181,7 +1185,7 @@ def test_a_reserve_that_fails_midway_can_be_tried_again(engine, machine, referen
     session = TrtSession(engine)
     session.reserve(1, 20)
     session._free_slots()
-    held = len(cuda.live)
+    held = {*cuda.live}
     session.reserve(1, 20)
     real, left = cuda._allocate, allocations
 
@@ -1194,7 +1198,9 @@ def test_a_reserve_that_fails_midway_can_be_tried_again(engine, machine, referen
     with pytest.raises(UserError, match="no room"):
         session.reserve(3, 20)
     monkeypatch.setattr(cuda, "_allocate", real)
-    assert len(cuda.live) <= held
+    grown = {session._activations.address, session._logits.address}
+    grown |= set() if session._host_logits is None else {session._host_logits.ctypes.data}
+    assert {*cuda.live} - held <= grown
     with pytest.raises(ValueError, match="more than what was reserved"):
         session.step(np.array([[5]]), np.array([[0]]), np.array([[0]]))
     assert tokens(session, PROMPTS, MIXED) == tokens(reference, PROMPTS, MIXED)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt.graph import sampler  # noqa: E402
 from llmtrt.graph.sampler import write_sampler  # noqa: E402
 
-VOCABULARIES = (128_256, 49_152)
+VOCABULARIES = (128_256, 49_152)  # of the second, blocks of 384 whatever the multiple is
 BATCHES, NOISE = (1, 4, 16, 64), 1024
 ASKED = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0}
 

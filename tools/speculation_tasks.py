@@ -61,18 +61,18 @@ def answers(llms: list[LLM], data: Path, runs: int) -> list[dict[str, dict]]:
 
 
 def compare(plain: dict[str, dict], fast: dict[str, dict], llm: LLM, data: Path) -> dict:
-    """By task: tokens/s of both and their ratio, medians; tokens that a step of ``fast`` gave; and the first token that
-    differs, with the distance of the two likeliest logits there, of ``llm``."""
+    """By task: tokens/s of both and their ratio in turn, medians; tokens that a step of ``fast`` gave; and the first token
+    that differs, with the distance of the two likeliest logits there, of ``llm``."""
     results = {}
     for name, messages in tasks(data).items():
         for how in SAMPLING:
             one, other = (each[f"{name}, {how}"] for each in (plain, fast))
-            rates = [statistics.median(each["tokens_per_s"]) for each in (one, other)]
+            rates = [each["tokens_per_s"] for each in (one, other)]
             results[f"{name}, {how}"] = {
                 "prompt_tokens": one["prompt_tokens"],
                 "new_tokens": [len(one["token_ids"]), len(other["token_ids"])],
-                "tokens_per_s": [round(rate, 1) for rate in rates],
-                "ratio": round(rates[1] / rates[0], 3),
+                "tokens_per_s": [round(statistics.median(each), 1) for each in rates],
+                "ratio": round(statistics.median(b / a for a, b in zip(*rates)), 3),
                 "tokens_per_step": round(statistics.median(other["tokens_per_step"]), 2),
                 "first_difference": _first_difference(llm, messages, one["token_ids"], other["token_ids"]),
             }

@@ -29,7 +29,7 @@ from llmtrt.graph.builder import GraphBuilder
 
 FLOAT, INT64, BOOL = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BOOL
 
-_BLOCKS, _ALIGNED = 128, 128  # about so many, of multiples of so many
+_BLOCKS, _ALIGNED = 128, 128  # at most so many, of multiples of so many
 _ROUNDS = 32
 _LEAST = -110.0  # the exponential of less is 0 in fp32
 _LARGEST = float(np.finfo(np.float32).max)

@@ -1,4 +1,5 @@
-"""Decoding on the device: decoder and sampler back to back in one CUDA graph, so that a token costs one launch."""
+"""Decoding on the device: decoder and sampler back to back in one CUDA graph, so that a token costs one launch, a check of
+drafts two."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,15 +35,15 @@ class DecodeState:
         sizes |= {"noise": 4 * slots * capacity, "seen": slots * vocab_size, "next_seen": slots * vocab_size}
         total = sum(map(aligned, sizes.values()))
         self._tokens, self._block = [], 0
-        self._drawn = np.empty(0, np.float32)  # the parameters of the latest ``draw``, as they lie there
+        self._drawn_with = np.empty(0, np.float32)  # the parameters of the latest ``draw``, as they lie there
         try:
             for _ in range(2):
                 self._tokens.append(cuda.pinned(slots, np.int64))
             self._block = cuda.allocate(total)
+            cuda.zero(self._block, total, total, 1)  # a slot that nobody was admitted to computes something, too
         except BaseException:
             self.free()
             raise
-        cuda.zero(self._block, total, total, 1)  # a slot that nobody was admitted to computes something, too
         self._places, address = {}, self._block
         for name, size in sizes.items():
             self._places[name] = Region(address, size)
@@ -77,13 +78,14 @@ class DecodeState:
 
     def draw(self, samplers: Sequence[Sampler | None], rows: int) -> None:
         """All that the sampler has to know of ``rows`` rows of each sequence, a slot each with noise for one step: row i is
-        chosen with that of the sequence's step i from now."""
+        chosen with that of the sequence's step i from now. Nobody is admitted to these slots."""
         each = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
         values = np.array([[getattr(params, name) for params in each] for name in _PARAMS], np.float32).repeat(rows, 1)
-        if not np.array_equal(values, self._drawn):
+        if not np.array_equal(values, self._drawn_with):
+            self._drawn_with = np.empty(0, np.float32)
             for name, of_rows in zip(_PARAMS, values):
                 self._put(name, of_rows)
-            self._drawn = values
+            self._drawn_with = values
         noise = [np.zeros(rows, np.float32) if sampler is None else sampler.noise(rows) for sampler in samplers]
         self._put("noise", np.concatenate(noise))
 
@@ -117,8 +119,9 @@ class DecodeState:
 
 
 class DecodeLoop:
-    """Runs decode steps, each behind the one before, and checks; a graph is captured for each number of slots, context
-    bucket and kind of sampler, and for each size of a check, and kept until ``forget``.
+    """Runs decode steps, each behind the one before, and checks. Graphs are kept until ``forget``: of a step one for each
+    number of slots, context bucket and kind of sampler; of checks one for each number of slots and rows and bucket, and one
+    for each number of rows in all and kind of sampler.
 
     ``decoder(slots, bucket, sampled)`` gives the contexts of a step, model and sampler (``sampled`` None: the model alone;
     False: the sampler of the likeliest token), ready to run; ``checker(slots, rows, bucket)`` that of the model of a check,

@@ -16,7 +16,7 @@ from llmtrt.runtime.cache_slot import CacheSlot, shared_prefix
 from llmtrt.runtime.pace import Pace
 from llmtrt.runtime.request import Piece, Request
 from llmtrt.runtime.session import DeviceSession, Session
-from llmtrt.runtime.speculation import NOTHING, Draft, Speculation, rows_for
+from llmtrt.runtime.speculation import NOTHING, Draft, Speculation
 
 _CHECKS = (2, 4, 8, 16)  # rows of a step that checks drafts on a CPU, which takes longer the more they are
 # Rows of a prefix that are worth copying from another slot, or waiting for where another's prefill comes to them.
@@ -187,30 +187,28 @@ class Scheduler:
 
     def _decode(self, decoding: list[CacheSlot]) -> Iterator[Piece]:
         on_host = self._device is None or any(slot.request.wants_logits for slot in decoding)
-        drafts = self._drafts(decoding)
-        if self._device and self._device.under_way and (on_host or drafts):
+        rests = self.speculation is None or self.speculation.rests()
+        rows, drafts = (1, []) if rests else self._drafts(decoding)
+        if self._device and self._device.under_way and (on_host or rows > 1):
             yield from self._settle()
             decoding = self._those("is_decoding")
-            drafts = self._drafts(decoding) if drafts else []  # they continue the newest token
-        if decoding and (on_host or drafts):
-            yield from self._decode_and_wait(decoding, drafts or [NOTHING] * len(decoding))
+            if decoding and rows > 1:
+                rows, drafts = self._drafts(decoding)  # they continue the newest token
+        if decoding and (on_host or rows > 1):
+            yield from self._decode_and_wait(decoding, rows, drafts if rows > 1 else [NOTHING] * len(decoding))
         elif decoding:
             yield from self._decode_on_device(decoding)
 
-    def _drafts(self, decoding: list[CacheSlot]) -> list[Draft]:
-        """A draft for each of ``decoding``, or none at all."""
-        if self.speculation is None or self.speculation.rests():
-            return []
-        drafts = self.speculation.drafts([slot.request for slot in decoding], self._sizes(decoding))
-        return drafts if any(draft.tokens for draft in drafts) else []
+    def _drafts(self, decoding: list[CacheSlot]) -> tuple[int, list[Draft]]:
+        """As ``Speculation.drafts``, one for each of ``decoding``."""
+        return self.speculation.drafts([slot.request for slot in decoding], self._sizes(decoding))
 
     def _sizes(self, decoding: list[CacheSlot]) -> list[int]:
         """The rows of each of ``decoding`` that a step may check drafts in; padding fills a size up."""
-        most = self._check_rows
         if self._device is None:
-            return [rows for rows in _CHECKS if rows <= most]
-        if not all(slot.request.is_greedy for slot in decoding):
-            most //= self._count(decoding)  # what it draws of, of all together
+            return [rows for rows in _CHECKS if rows <= self._check_rows]
+        together = self._check_rows if _are_drawn(decoding) else self._session.most_checked
+        most = min(self._check_rows, together // self._count(decoding))
         # Each is a shape that has to be made ready, and few rows take a GPU hardly less time than some more.
         return [rows for rows in (most // 4, most) if rows > 1]
 
@@ -234,15 +232,16 @@ class Scheduler:
             if slot.request is request and not request.cancelled:
                 yield self._took(slot, request.take(token))
 
-    def _decode_and_wait(self, decoding: list[CacheSlot], drafts: list[Draft]) -> Iterator[Piece]:
-        """One step whose tokens the host has before the next begins: each slot's last token, and behind it its draft.
+    def _decode_and_wait(self, decoding: list[CacheSlot], rows: int, drafts: list[Draft]) -> Iterator[Piece]:
+        """One step of ``rows`` rows each, whose tokens the host has before the next begins: each slot's last token, and
+        behind it its draft.
 
         A draft's token is right where it is the one that is chosen anyway, from the logits of the row before, with the
         noise of that step: so the tokens are those that would come one by one, sampled ones too, as far as the logits of a
         step of several rows are those of one (Leviathan et al. 2023, arXiv:2211.17192, whose rule this is for a draft
         without a distribution).
         """
-        rows, slots = rows_for(drafts, self._sizes(decoding)), self._count(decoding)
+        slots = self._count(decoding)
         input_ids, starts = np.zeros((slots, rows), np.int64), np.zeros((slots, 1), np.int64)
         for slot, position in self._parked(decoding, slots).items():
             starts[slot.index] = position
@@ -271,14 +270,12 @@ class Scheduler:
         """The token behind each row of a step of several, where the device can choose it, or the logits; and how a request
         takes it."""
         requests = {slot.index: slot.request for slot in decoding}
-        by_host = any(request.wants_logits for request in requests.values())
-        if not by_host and all(request.is_greedy for request in requests.values()):
+        if _are_drawn(decoding):
+            samplers = [requests[index].sampler if index in requests else None for index in range(len(input_ids))]
+            return self._session.drawn(input_ids, positions, samplers), _take
+        if all(request.is_greedy and not request.wants_logits for request in requests.values()):
             return self._session.likeliest(input_ids, positions), _take
-        # What a penalty is on in one row hangs on the tokens of the rows before.
-        if by_host or any(request.penalizes for request in requests.values()):
-            return self._session.row_logits(input_ids, positions), _accept
-        samplers = [requests[index].sampler if index in requests else None for index in range(len(input_ids))]
-        return self._session.drawn(input_ids, positions, samplers), _take
+        return self._session.row_logits(input_ids, positions), _accept
 
     def _stepped(self, sequences: int, behind: bool) -> None:
         """Reports what a step gave, and how long one of one row takes that came right ``behind`` another."""
@@ -328,6 +325,15 @@ class Scheduler:
                     slot.rows = min(slot.rows, longest)
                 places[slot] = slot.rows
         return places
+
+
+def _are_drawn(decoding: list[CacheSlot]) -> bool:
+    """Whether a device draws the tokens of a check: some are sampled, and none hangs on those of the rows before, as with a
+    penalty, or is to be seen by the host."""
+    requests = [slot.request for slot in decoding]
+    return not all(request.is_greedy for request in requests) and not any(
+        request.penalizes or request.wants_logits for request in requests
+    )
 
 
 def _take(request: Request, tokens: np.ndarray, row: int) -> Piece:

@@ -72,6 +72,7 @@ class DeviceSession(Session, Protocol):
     """
 
     check_rows: int  # the most rows of a sequence in ``likeliest`` and ``row_logits``, and of all in ``drawn``
+    most_checked: int  # rows of all sequences together in ``likeliest`` and ``row_logits``
     prepared: int  # how often a step's shapes were new, so that it took longer than it will again
 
     def likeliest(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -7,13 +7,12 @@ from typing import Protocol
 
 from llmtrt.runtime.request import Request
 
-_REST, _LONGEST_REST = (
-    64,
-    256,
-)  # steps without a draft, or a kind of draft, that did not pay; doubled each time in a row
+_REST, _LONGEST_REST = 64, 256  # steps without a draft where drafts lost, doubled each time in a row
+_WAIT, _LONGEST_WAIT = 64, 256  # steps until a kind of draft that does not pay is tried again, doubled likewise
 _JUDGED = 6  # steps from the first draft, after which what came is compared with what comes without
 _LOSS = 0.97  # of that, where it is called less
 _SAMPLES = 5  # times of steps of one size that are kept; their median counts, since other programs run now and then
+_FEWEST = 3  # of a step of one row, before a draft is asked for
 _LONGEST_STEP = 4  # times the slowest that is known
 _OLD = 256  # steps, after which the time of a step of one row is measured again
 _MEMORY = 0.95  # of what was seen, from one draft or step to the next
@@ -31,13 +30,6 @@ class Draft:
 
 
 NOTHING = Draft()
-
-
-def rows_for(drafts: Sequence[Draft], sizes: Sequence[int]) -> int:
-    """The rows of a step that checks ``drafts``: those that the longest needs, and padding up to the next of ``sizes``; one
-    where there are none."""
-    longest = max(len(draft.tokens) for draft in drafts)
-    return next(rows for rows in sizes if rows > longest) if longest else 1
 
 
 class Drafter(Protocol):
@@ -100,9 +92,9 @@ _NONE_GIVEN = _Given(0, 0, 0.0, 0.0)
 
 class Speculation:
     """Asks a drafter for each request, and lets a step have as many rows as promise the most tokens a second, from how
-    long steps of that many rows took and how often drafts of their kind were right. One that promises no more than one row
-    does is left, but for a short one now and then that shows whether that is still so. Where what came was less than steps
-    of one row, one right behind the other, give, it rests.
+    long steps of that many rows took and how often drafts of their kind were right. A kind that promises no more than one
+    row does is left, but for a short one now and then that shows whether that is still so. Where what came was less than
+    steps of one row, one right behind the other, give, it rests.
 
     ``steps``, ``drafted``, ``accepted``: steps with a draft, the tokens of these, and those that were right.
     """
@@ -114,42 +106,52 @@ class Speculation:
         self._now = 0  # steps so far
         self._right: dict[Hashable, tuple[float, float]] = {}  # by kind
         self._rest, self._next_rest = 0, _REST
-        self._left_alone, self._next_trial = _REST, _REST  # steps until a draft that promises nothing is tried
-        self._is_trial, self._checked, self._hits = False, 0, 0
+        self._step, self._trial_at = 0, _WAIT  # the one that comes, and from which on a kind may be tried
+        self._waits: dict[Hashable, tuple[int, int]] = {}  # by kind: until which step, and how long the next time
+        self._tried: frozenset[Hashable] = frozenset()  # kinds that the latest drafts were to show something of
+        self._checked = self._hits = 0
+        self._asked = False  # whether the step that comes has a drafter's time in it
         self._given: _Given | None = None  # until a draft was checked
         self.steps = self.drafted = self.accepted = 0
 
     def rests(self) -> bool:
         """Whether the next step, which this counts, is to go without a draft."""
-        self._left_alone = max(0, self._left_alone - 1)
+        self._step += 1
+        self._asked = False
         if self._rest:
             self._rest -= 1
             return True
         return False
 
-    def drafts(self, requests: Sequence[Request], sizes: Sequence[int]) -> list[Draft]:
-        """A draft for each of ``requests``, all to be checked in one step whose rows are one of ``sizes``, which ascend from
-        2 on at least."""
-        if self._is_trial and self._checked and not self._hits:
-            self._left_alone = self._next_trial
-            self._next_trial = min(2 * self._next_trial, _LONGEST_REST)
-        self._is_trial, self._checked, self._hits = False, 0, 0
+    def drafts(self, requests: Sequence[Request], sizes: Sequence[int]) -> tuple[int, list[Draft]]:
+        """A draft for each of ``requests``, and the rows of the step that checks them: one of ``sizes``, which ascend from 2
+        on at least, or 1 where no draft has a token."""
+        self._judge_trial()
+        count, nothing = len(requests), (1, [NOTHING] * len(requests))
         if self._loses():
             self._rest, self._given = self._next_rest, None
             self._next_rest = min(2 * self._next_rest, _LONGEST_REST)
-            return [NOTHING] * len(requests)
-        found = [self._draft(request, min(max(sizes, default=1), request.left) - 1) for request in requests]
-        if not any(draft.tokens for draft in found) or self.seconds(len(found), 1) is None:
-            return [NOTHING] * len(found)
-        one = self._times[len(found), 1]
+            return nothing
+        one = self._times.get((count, 1))
+        if not sizes or one is None or len(one.samples) < _FEWEST:
+            return nothing
         if self._now - one.at > _OLD:
-            self._times[len(found), 1] = _Times(one.samples, self._now)  # asked for once, as prefill may prevent it
+            self._times[count, 1] = _Times(one.samples, self._now)  # asked for once, as prefill may prevent it
             self._rest = _SAMPLES + 2  # the first fill the queue
-            return [NOTHING] * len(found)
+            return nothing
+        self._asked = True
+        found = [self._draft(request, min(sizes[-1], request.left) - 1) for request in requests]
+        if not any(draft.tokens for draft in found):
+            return nothing
         rows = self._rows(found, sizes)
-        if rows == 1 and not self._left_alone:
-            rows, self._is_trial = sizes[0], True
-        return [Draft(draft.tokens[: rows - 1], draft.kind) for draft in found]
+        if rows == 1:
+            self._tried = frozenset(draft.kind for draft in found if draft.tokens and self._may_try(draft.kind))
+            if not self._tried:
+                return nothing
+            rows = sizes[0]
+        found = [Draft(draft.tokens[: rows - 1], draft.kind) for draft in found]
+        longest = max(len(draft.tokens) for draft in found)
+        return next(rows for rows in sizes if rows > longest), found
 
     def gave(self, sequences: int, tokens: int, seconds: float) -> None:
         """So many tokens of ``sequences`` came in the time since the step before, whatever that was spent on."""
@@ -167,8 +169,11 @@ class Speculation:
         )
 
     def measured(self, sequences: int, rows: int, seconds: float) -> None:
-        """A step of ``sequences`` with ``rows`` rows each took that long; of one row, right behind another."""
+        """A step of ``sequences`` with ``rows`` rows each took that long; of one row, right behind another. What a drafter
+        took for nothing is no part of a step without one."""
         self._now += 1
+        if rows == 1 and self._asked:
+            return
         known = self._times.get((sequences, rows))
         # The first of a shape may compile and allocate.
         samples = () if known is None else (*known.samples, seconds)[-_SAMPLES:]
@@ -187,8 +192,9 @@ class Speculation:
         for request in requests:
             self._known.pop(id(request), None)
         # What comes next may be another kind of text.
-        self._rest, self._left_alone = min(self._rest, _REST), min(self._left_alone, _REST)
-        self._next_rest = self._next_trial = _REST
+        self._rest, self._next_rest = min(self._rest, _REST), _REST
+        self._trial_at = min(self._trial_at, self._step + _WAIT)
+        self._waits = {kind: (min(until, self._step + _WAIT), _WAIT) for kind, (until, _) in self._waits.items()}
 
     def verified(self, draft: Draft, accepted: int) -> None:
         """``accepted`` tokens of ``draft``, from its start, were right."""
@@ -213,15 +219,27 @@ class Speculation:
         token_ids += request.token_ids[len(token_ids) - len(request.prompt) :]
         return drafter.draft(token_ids, most)
 
+    def _judge_trial(self) -> None:
+        """Kinds whose latest trial was all wrong wait longer than before."""
+        if self._tried and self._checked and not self._hits:
+            self._trial_at, self._given = self._step + _WAIT, None
+            for kind in self._tried:
+                _, wait = self._waits.get(kind, (0, _WAIT))
+                self._waits[kind] = self._step + wait, min(2 * wait, _LONGEST_WAIT)
+        self._tried, self._checked, self._hits = frozenset(), 0, 0
+
+    def _may_try(self, kind: Hashable) -> bool:
+        return self._step >= max(self._trial_at, self._waits.get(kind, (0, 0))[0])
+
     def _loses(self) -> bool:
-        """Whether fewer tokens came than without drafts; where more did, the next rests are short ones."""
+        """Whether fewer tokens came than without drafts; where more did, the next rest is a short one."""
         given = self._given
         one = self.seconds(given.sequences, 1) if given else None
         if one is None or given.steps < _JUDGED:
             return False
         ratio = given.tokens / given.sequences * one / given.seconds
         if ratio >= _FASTER:
-            self._next_rest = self._next_trial = _REST
+            self._next_rest = _REST
         return ratio < _LOSS - 1 / given.steps  # few say little
 
     def _rows(self, drafts: list[Draft], sizes: Sequence[int]) -> int:

@@ -19,7 +19,7 @@ from llmtrt.package import Package
 from llmtrt.runtime.context import Context, Settings, Shapes
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.decode import DecodeLoop, DecodeState
-from llmtrt.runtime.footprint import Footprint, MemoryUse, predict, room_for_weights, state_bytes
+from llmtrt.runtime.footprint import Footprint, MemoryUse, most_checked, predict, room_for_weights, state_bytes
 from llmtrt.runtime.kernel_cache import KernelCache, default_folder
 from llmtrt.runtime.kv_cache import KvCache, aligned
 from llmtrt.runtime.profiles import Profiles
@@ -52,7 +52,7 @@ class TrtSession:
     ``allocation``: "user" (one block for all, as large as the shapes in use need), "profile" or "static" (TensorRT
     allocates for each context by itself). ``kernel_specialization`` (LAZY, EAGER, NONE; TensorRT-RTX alone has it): by
     default as the engine's manifest records it. ``weight_budget``: weights to keep on the GPU, of an engine that was built
-    to stream them, as ``WeightBudget.parse`` reads it. ``cuda_graphs``: without, every decode step is put on the stream
+    to stream them, as ``WeightBudget.parse`` reads it. ``cuda_graphs``: without, every step is put on the stream
     anew. ``kernel_cache``: the folder for compiled kernels; "auto": the user's, None: none. ``trust_host_code``: loads a
     version-compatible plan, which carries code that runs on the host. ``verify``: whether the package that a plan without
     weights is filled from is compared with its SHA-256.
@@ -96,6 +96,7 @@ class TrtSession:
         self._flavor = choose_for(engine.flavor, engine.flavor_version, engine.version_compatible, str(engine.path))
         self._settings.check(self._flavor)
         self.spec, self.chunk, self.check_rows = engine.spec, engine.chunk, engine.check_rows
+        self.most_checked = most_checked(engine, engine.max_batch)
         self._opened = engine
         self._profiles = Profiles(engine)
         free = free_bytes(gpu)
@@ -116,7 +117,9 @@ class TrtSession:
         self._reserved = (0, 0)  # slots and rows of each that may be used
         self._activations, self._inputs, self._logits = _NOTHING, _NOTHING, _NOTHING
         self._host_inputs = self._host_logits = self._loop = None
-        self._seen: set[tuple[Context, tuple[int, int, int, int]]] = set()  # which shapes each context was given
+        self._ready: set[tuple[Context, tuple[int, ...]]] = (
+            set()
+        )  # the shapes that each context was ever made ready for
         self._state: DecodeState | None = None
         self._rows: DecodeState | None = None  # of the rows of a check, each as a sequence of its own
         self._weights: WeightInputs | None = None
@@ -221,8 +224,8 @@ class TrtSession:
         batch, rows = input_ids.shape
         last = int(positions.max())
         self._require_reserved(0, batch, rows, last)
-        # Of one sequence as many as there will ever be: where they move, everything is captured anew.
-        self._grow_logits(max(batch * rows, self.check_rows) * self.spec.vocab_size)
+        if batch * rows > self.most_checked:
+            raise ValueError(f"{batch} × {rows} rows are to be checked, more than {self.most_checked}")
         self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
         if sampled:
             self._rows.draw(samplers, rows)
@@ -252,7 +255,7 @@ class TrtSession:
     @property
     def prepared(self) -> int:
         """See ``DeviceSession``."""
-        return len(self._seen) + self._loop.captured
+        return len(self._ready) + self._loop.captured
 
     def admit(self, index: int, decoding: Decoding) -> None:
         """See ``DeviceSession``."""
@@ -304,7 +307,7 @@ class TrtSession:
             if self._loop is not None:
                 self._loop.close()  # a generator that nobody finished still holds it
             self._loop = None
-            self._seen, self._contexts, self._kernels, self._engines = set(), {}, {}, {}
+            self._ready, self._contexts, self._kernels, self._engines = set(), {}, {}, {}
             self._runtime = None
             self._state = self._rows = None
             self._cuda.close()
@@ -446,6 +449,7 @@ class TrtSession:
             self._grow_activations(context.set_shapes(self._sampler_shapes(plan, batch, steps)))
             context.bind(places | {"logits": self._logits}, self._activations)
             context.state = (batch, where, self._layout)
+            self._ready.add((context, (batch, steps)))
         return context
 
     def _sampler_shapes(self, plan: str, batch: int, steps: int) -> Shapes:
@@ -468,7 +472,7 @@ class TrtSession:
             places |= self._weights.places() if self._weights else {}
             context.bind(places | self._debug_places(context), self._activations)
             context.state = (first, *shapes, self._layout)
-            self._seen.add((context, shapes))
+            self._ready.add((context, shapes))
         return context
 
     def _shapes(
@@ -508,18 +512,21 @@ class TrtSession:
         capacity, check_rows = self._opened.capacity, self.check_rows
         length = self._bucket(min(capacity, max_seq + self.chunk))
         side_by_side = min(slots, self.chunk)  # a prefill step has a chunk of rows, of one prompt or of several
-        samplers = [(plan, sizes) for plan in (GREEDY, SAMPLER) for sizes in ((slots, capacity), (check_rows, 1))]
+        samplers = [(plan, (slots, capacity)) for plan in (GREEDY, SAMPLER)]
+        samplers += [(GREEDY, (most_checked(self._opened, slots), 1)), (SAMPLER, (check_rows, 1))]
         if self._streaming_scratch:
             most = sampler_rows(check_rows, self._opened.max_batch)
             samplers = [(plan, (rows, capacity)) for plan, rows in most.items()]
         decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
         rows, prefill = min(self.chunk, max_seq), (PLAN, self._profiles.prefill)
         checked = min(check_rows, max_seq)
+        together = -(-most_checked(self._opened, slots) // check_rows)
         profile, padded = self._profiles.padded(1, rows, 1, capacity)
         steps = [(self._profiles.decode(count), (count, 1, 1, length)) for count in decoding]
         steps += [
             (prefill, (1, rows, 1, length)),
             (prefill, (1, checked, checked, length)),
+            (prefill, (together, checked, checked, length)),
             (prefill, (side_by_side, min(self.chunk // side_by_side, max_seq), 1, length)),
             ((PLAN, profile), (1, padded, 1, length)),
         ]
@@ -562,7 +569,7 @@ class TrtSession:
             size = len(_INPUTS + _CHOSEN) * aligned(slots * self.chunk * 8)
             self._inputs = Region(self._cuda.allocate(size), size)
             self._host_inputs = self._cuda.pinned(size // 8, np.int64)
-            self._grow_logits(slots * self.spec.vocab_size)
+            self._grow_logits(max(slots, most_checked(self._opened, slots)) * self.spec.vocab_size)
         except BaseException:
             self._free_slots()
             raise
