@@ -192,7 +192,7 @@ def step_all(session, rows, wanted, start=0):
     ],
 )
 def test_buffers_that_grow_are_told_to_both_contexts(engine, machine, reference, monkeypatch, shapes):
-    monkeypatch.setattr(runtime, "most_checked", lambda engine, slots: 1)  # or logits that suffice are taken at once
+    monkeypatch.setattr(runtime, "logit_rows", lambda engine, slots: slots)  # or logits that suffice are taken at once
     machine()
     session = TrtSession(engine)
     for each in (session, reference):
@@ -680,7 +680,7 @@ def test_a_stream_that_is_left_in_the_middle_hurts_nobody(engine, machine, refer
 
 
 def test_memory_that_moves_captures_anew(engine, machine, reference, monkeypatch):
-    monkeypatch.setattr(runtime, "most_checked", lambda engine, slots: 1)
+    monkeypatch.setattr(runtime, "logit_rows", lambda engine, slots: slots)
     cuda, _ = machine()
     session = TrtSession(engine)
 

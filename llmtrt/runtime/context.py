@@ -157,8 +157,6 @@ def _make(flavor: Flavor, engine: Any, settings: Settings, kernels: KernelCache)
         kinds = trt.DynamicShapesKernelSpecializationStrategy.__members__
         config.dynamic_shapes_kernel_specialization_strategy = kinds[settings.specialization]
     if flavor.can("cuda_graphs"):
-        config.cuda_graph_strategy = (
-            trt.CudaGraphStrategy.DISABLED
-        )  # the session captures, and decoder and sampler as one
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the session captures, two contexts in one graph
     kernels.attach(config)
     return engine.create_execution_context(config)

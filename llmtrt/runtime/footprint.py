@@ -76,15 +76,18 @@ def state_bytes(engine: Engine, slots: int) -> int:
     vocab_size, capacity = engine.spec.vocab_size, engine.capacity
     logits, marks = 4 * vocab_size, 2 * vocab_size
     of_a_slot = marks + 4 * capacity + 6 * 8 * engine.chunk
-    return (
-        slots * of_a_slot + max(slots, most_checked(engine, slots)) * logits + engine.check_rows * marks + 8 * capacity
-    )
+    return slots * of_a_slot + logit_rows(engine, slots) * logits + engine.check_rows * marks + 8 * capacity
 
 
 def most_checked(engine: Engine, slots: int) -> int:
     """Rows of all sequences that one step checks drafts in: of four sequences as many as there are, of more sequences fewer
     each, since their logits are kept for all."""
     return min(slots, 4) * engine.check_rows
+
+
+def logit_rows(engine: Engine, slots: int) -> int:
+    """Rows of logits that are kept for ``slots`` sequences: those of a decode step, and those of a check."""
+    return max(slots, most_checked(engine, slots))
 
 
 def _beside_weights(engine: Engine, slots: int) -> tuple[int, int, int]:

@@ -19,7 +19,15 @@ from llmtrt.package import Package
 from llmtrt.runtime.context import Context, Settings, Shapes
 from llmtrt.runtime.cuda import Cuda, Region
 from llmtrt.runtime.decode import DecodeLoop, DecodeState
-from llmtrt.runtime.footprint import Footprint, MemoryUse, most_checked, predict, room_for_weights, state_bytes
+from llmtrt.runtime.footprint import (
+    Footprint,
+    MemoryUse,
+    logit_rows,
+    most_checked,
+    predict,
+    room_for_weights,
+    state_bytes,
+)
 from llmtrt.runtime.kernel_cache import KernelCache, default_folder
 from llmtrt.runtime.kv_cache import KvCache, aligned
 from llmtrt.runtime.profiles import Profiles
@@ -117,9 +125,7 @@ class TrtSession:
         self._reserved = (0, 0)  # slots and rows of each that may be used
         self._activations, self._inputs, self._logits = _NOTHING, _NOTHING, _NOTHING
         self._host_inputs = self._host_logits = self._loop = None
-        self._ready: set[tuple[Context, tuple[int, ...]]] = (
-            set()
-        )  # the shapes that each context was ever made ready for
+        self._ready: set[tuple[Context, tuple[int, ...]]] = set()  # contexts, by the shapes that they were given
         self._state: DecodeState | None = None
         self._rows: DecodeState | None = None  # of the rows of a check, each as a sequence of its own
         self._weights: WeightInputs | None = None
@@ -520,7 +526,7 @@ class TrtSession:
         decoding = {slots, max(1, slots - 1)} | ({1} if DECODE in self._engines else set())  # not all are always in use
         rows, prefill = min(self.chunk, max_seq), (PLAN, self._profiles.prefill)
         checked = min(check_rows, max_seq)
-        together = -(-most_checked(self._opened, slots) // check_rows)
+        together = most_checked(self._opened, slots) // check_rows
         profile, padded = self._profiles.padded(1, rows, 1, capacity)
         steps = [(self._profiles.decode(count), (count, 1, 1, length)) for count in decoding]
         steps += [
@@ -569,7 +575,7 @@ class TrtSession:
             size = len(_INPUTS + _CHOSEN) * aligned(slots * self.chunk * 8)
             self._inputs = Region(self._cuda.allocate(size), size)
             self._host_inputs = self._cuda.pinned(size // 8, np.int64)
-            self._grow_logits(max(slots, most_checked(self._opened, slots)) * self.spec.vocab_size)
+            self._grow_logits(logit_rows(self._opened, slots) * self.spec.vocab_size)
         except BaseException:
             self._free_slots()
             raise
