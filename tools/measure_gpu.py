@@ -818,8 +818,6 @@ def main() -> None:
             continue
         results = {"machine": about, "stage_seconds": round(time.monotonic() - began, 1), **results}
         provenance.write(f"gpu-{stage}", results, ("numpy", "onnxruntime", "onnx-ir", "cuda-bindings"), quiet=True)
-        if "OUT" in os.environ:
-            shutil.copy(ROOT / "benchmarks" / f"gpu-{stage}.json", os.environ["OUT"])
     sys.exit("; ".join(failed) or 0)
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 
 def write(name: str, results: dict, packages: tuple[str, ...], quiet: bool = False) -> None:
-    """Keeps ``results`` with machine, versions and command as benchmarks/NAME.json, and prints that unless ``quiet``."""
+    """Keeps ``results`` with machine, versions and command as benchmarks/NAME.json, and in the folder $OUT where that is
+    set; prints it unless ``quiet``."""
     root = Path(__file__).parents[1]
     # with "-dirty" where the code that ran is not that commit's
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7"]
@@ -35,6 +36,8 @@ def write(name: str, results: dict, packages: tuple[str, ...], quiet: bool = Fal
         print(text)
     (root / "benchmarks").mkdir(exist_ok=True)
     (root / "benchmarks" / f"{name}.json").write_text(text + "\n")
+    if "OUT" in os.environ:
+        (Path(os.environ["OUT"]) / f"{name}.json").write_text(text + "\n")
 
 
 def _processor() -> str:

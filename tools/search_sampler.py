@@ -5,8 +5,6 @@ python tools/search_sampler.py FOLDER [MULTIPLE…]     # FOLDER gets compiled k
 Writes benchmarks/gpu-sampler.json. Everything that SamplingParams can ask for is in the plan, whatever is asked for.
 """
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from trial_plan import Running, build
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llmtrt.graph import sampler  # noqa: E402
-from llmtrt.graph.sampler import write_sampler  # noqa: E402
 
 VOCABULARIES = (128_256, 49_152)  # of the second, blocks of 384 whatever the multiple is
 BATCHES, NOISE = (1, 4, 16, 64), 1024
@@ -39,14 +36,15 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     results: dict = {"machine": measure_gpu.machine()}
     for vocab_size in VOCABULARIES:
-        shapes = [{name: array.shape for name, array in inputs(batch, vocab_size).items()} for batch in BATCHES]
-        dynamic = {name: (shapes[0][name], shapes[0][name], shapes[-1][name]) for name in shapes[0]}
+        fed = {batch: inputs(batch, vocab_size) for batch in BATCHES}
+        least, most = fed[BATCHES[0]], fed[BATCHES[-1]]
+        dynamic = {name: (least[name].shape, least[name].shape, most[name].shape) for name in least}
         for multiple in multiples:
             sampler._ALIGNED = multiple
-            plan, found = build(write_sampler(vocab_size), dynamic), {}
-            for batch in BATCHES:
+            plan, found = build(sampler.write_sampler(vocab_size), dynamic), {}
+            for batch, arrays in fed.items():
                 kernels = folder / f"{vocab_size}-{multiple}.kernels"
-                running = Running(plan, inputs(batch, vocab_size), kernels, "NONE")
+                running = Running(plan, arrays, kernels, "NONE")
                 found[f"batch {batch}"] = round(1e6 * running.seconds(), 1)
                 running.save()
                 running.close()
@@ -54,8 +52,6 @@ def main() -> None:
             results[name] = found
             print(name, found, flush=True)
     provenance.write("gpu-sampler", results, ("numpy", "cuda-bindings"), quiet=True)
-    if "OUT" in os.environ:
-        shutil.copy(Path(__file__).parents[1] / "benchmarks" / "gpu-sampler.json", os.environ["OUT"])
 
 
 if __name__ == "__main__":

@@ -40,24 +40,27 @@ def tasks(data: Path) -> dict[str, list[dict]]:
     return found
 
 
-def answers(llms: list[LLM], data: Path, runs: int) -> list[dict[str, dict]]:
-    """What each of ``llms`` made of each task, greedily and sampled: its tokens, and tokens/s of ``runs`` times after a
-    first, in turn with the others'."""
+def answers(llms: list[LLM], data: Path) -> list[dict[str, dict]]:
+    """What each of ``llms`` made of each task, greedily and sampled: its tokens, and tokens/s of RUNS times after a first,
+    in turn with the others'."""
     found: list[dict[str, dict]] = [{} for _ in llms]
     for name, messages in tasks(data).items():
         for how, params in SAMPLING.items():
-            for run in range(runs + 1):
+            for run in range(RUNS + 1):
                 for llm, told in zip(llms, found):
-                    before = llm.speculation.accepted if llm.speculation else 0
+                    before = _accepted(llm)
                     done = llm.chat(messages, params)
-                    later = len(done.token_ids) - 1
-                    accepted = llm.speculation.accepted - before if llm.speculation else 0
+                    later, accepted = len(done.token_ids) - 1, _accepted(llm) - before
                     each = told.setdefault(f"{name}, {how}", {"tokens_per_s": [], "tokens_per_step": []})
                     each |= {"prompt_tokens": done.prompt_tokens, "token_ids": done.token_ids}
                     if run:
                         each["tokens_per_s"].append(done.tokens_per_second)
                         each["tokens_per_step"].append(later / max(1, later - accepted))
     return found
+
+
+def _accepted(llm: LLM) -> int:
+    return llm.speculation.accepted if llm.speculation else 0
 
 
 def compare(plain: dict[str, dict], fast: dict[str, dict], llm: LLM, data: Path) -> dict:
@@ -91,7 +94,7 @@ def _first_difference(llm: LLM, messages: list[dict], one: list[int], other: lis
 def main() -> None:
     path, data, kind = sys.argv[1:]
     with LLM(path, verify=False, reuse_prefixes=False, speculation=None if kind == "plain" else kind) as llm:
-        (found,) = answers([llm], Path(data), RUNS)
+        (found,) = answers([llm], Path(data))
         seconds = {f"{rows} rows": llm.speculation.seconds(1, rows) for rows in (1, 4, 16)} if llm.speculation else None
     print(json.dumps({"answers": found, "seconds_of_a_step": seconds}))
 
