@@ -69,6 +69,7 @@ class FakeCuda(types.ModuleType):
         self._capture = None
         self.graphs: dict[int, Graph] = {}  # captured, not instantiated
         self.executables: dict[int, Graph] = {}
+        self._never_launched: set[int] = set()
         self.most_executables = 0
         self.events: dict[int, int | None] = {}
         self._handles = iter(range(1000, 1 << 30))
@@ -243,6 +244,7 @@ class FakeCuda(types.ModuleType):
     def cudaGraphInstantiate(self, graph, flags):
         handle = next(self._handles)
         self.executables[handle] = self.graphs[graph]
+        self._never_launched.add(handle)
         self.most_executables = max(self.most_executables, len(self.executables))
         return 0, handle
 
@@ -250,14 +252,12 @@ class FakeCuda(types.ModuleType):
         del self.graphs[graph]
         return (0,)
 
-    def cudaGraphUpload(self, executable, stream):
-        assert executable in self.executables and stream in self.streams
-        return (0,)
-
     def cudaGraphLaunch(self, executable, stream):
         """What the graph does is as it was captured: addresses, shapes, sizes."""
         assert stream in self.streams and not self.capturing
         assert executable in self.executables, "the graph was destroyed"
+        assert self._never_launched <= {executable}, "a graph that was never launched slows all others"
+        self._never_launched.clear()
         for work in self.executables[executable].work:
             assert work.context is None or work.context() is not None, "the graph's context is gone"
             self.put(work)
@@ -266,6 +266,7 @@ class FakeCuda(types.ModuleType):
     def cudaGraphExecDestroy(self, executable):
         assert not self._queue, "a graph is destroyed that may be running"
         del self.executables[executable]
+        self._never_launched.discard(executable)
         self.ended.append("graph")
         return (0,)
 

@@ -97,8 +97,9 @@ class Cuda:
         self._call("cudaMemcpy2DAsync", to, pitch, source, pitch, width, height, kind, self._stream)
 
     def capture(self, work: Callable[[], None], edit: Callable[[int], Any] = lambda graph: None) -> Any:
-        """What ``work`` puts on the stream as a graph for ``launch``; nothing of it runs now. ``edit`` may change the
-        attributes of the graph's nodes before it is instantiated."""
+        """What ``work`` puts on the stream as a graph; nothing of it runs now. ``edit`` may change the attributes of the
+        graph's nodes before it is instantiated. It is to be launched soon: while a graph was never launched, each kernel of
+        every other begins 0.35 µs later, 13 % of a small model's token (H100, driver 580)."""
         mode = self._rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self._stream, mode)
         try:
@@ -112,7 +113,6 @@ class Cuda:
             self._graphs.append(self._call("cudaGraphInstantiate", graph, 0))
         finally:
             self._rt.cudaGraphDestroy(graph)
-        self._call("cudaGraphUpload", self._graphs[-1], self._stream)
         return self._graphs[-1]
 
     def launch(self, graph: Any) -> None:

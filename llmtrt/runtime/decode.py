@@ -200,9 +200,10 @@ class DecodeLoop:
         key: tuple,
         contexts: Callable[[], Contexts],
         runs_first: bool,
-        after: Callable[[], None] = lambda: None,
+        after: Callable[[], None] | None = None,
     ) -> None:
-        """``runs_first``: what comes once is run as it is, and captured behind its run when it comes again."""
+        """``runs_first``: what comes once is run as it is, and captured behind its run when it comes again. ``after`` moves
+        on what is in the memory that a run reads: without, running it twice is running it once."""
         if key in self._graphs:
             self._cuda.launch(self._graphs[key])
             return
@@ -212,28 +213,28 @@ class DecodeLoop:
         def step() -> None:
             for context in found:
                 context.run()
-            after()
+            if after:
+                after()
+
+        def capture() -> None:
+            self._graphs[key] = self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
+            self.captured += 1
 
         if not self._captures:
             step()
             return
-        # Decoder and sampler without a run before it: once they have run outside of a graph, each kernel of every graph of
-        # the process begins 0.35 µs later, 5 % of a token (H100 and H200, driver 580). Prefill does not do that, and sets
-        # up in its first run what cannot be set up in a capture.
-        if runs_first:
+        runs = runs_first
+        if not runs:
+            try:
+                capture()
+            except RuntimeError:  # what TensorRT sets up in a run it cannot set up in a capture
+                runs = True
+        if runs:
             step()
-            if key in self._ran:
-                self._capture(key, step)
-            self._ran.add(key)
-            return
-        try:
-            self._capture(key, step)
-        except RuntimeError:  # what TensorRT sets up in a first run, it could not set up in this one
-            step()
-            self._capture(key, step)
-        else:
-            self._cuda.launch(self._graphs[key])
-
-    def _capture(self, key: tuple, step: Callable[[], None]) -> None:
-        self._graphs[key] = self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
-        self.captured += 1
+            if runs_first and key not in self._ran:
+                self._ran.add(key)
+                return
+            capture()
+            if after:
+                return  # the next token launches it
+        self._cuda.launch(self._graphs[key])
