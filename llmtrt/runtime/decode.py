@@ -236,5 +236,5 @@ class DecodeLoop:
                 return
             capture()
             if after:
-                return  # the next token launches it
+                return  # the next token launches it; what waits for longer slows the others (see Cuda.capture)
         self._cuda.launch(self._graphs[key])
