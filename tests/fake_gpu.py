@@ -87,7 +87,7 @@ class FakeCuda(types.ModuleType):
         self.cudaMemcpyKind = types.SimpleNamespace(
             cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
         )
-        self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+        self.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeRelaxed=2)
 
     def __getattribute__(self, name):
         found = super().__getattribute__(name)
@@ -231,7 +231,7 @@ class FakeCuda(types.ModuleType):
         return (0,)
 
     def cudaStreamBeginCapture(self, stream, mode):
-        assert stream in self.streams and mode == 1 and not self.capturing
+        assert stream in self.streams and mode == 2 and not self.capturing
         self._capture = Graph()
         return (0,)
 

@@ -127,7 +127,6 @@ class DecodeLoop:
     False: the sampler of the likeliest token), ready to run; ``checker(slots, rows, bucket)`` that of the model of a check,
     and ``chooser(rows, sampled)`` that of the sampler of as many rows. ``captures``: without, each step is put on the stream
     anew. ``read_once()``: the weights and the caches, which a step reads once.
-    ``runs_first``: a decode step is run as it is, as a check's model is, and captured when it comes again.
 
     Nothing of a token's way touches the host. It reads tokens one step behind, while the next step runs; what was computed
     past a stop is discarded.
@@ -141,12 +140,10 @@ class DecodeLoop:
         chooser: Callable[[int, bool], Contexts],
         captures: bool,
         read_once: Callable[[], tuple[Sequence[Region], Sequence[Region]]],
-        runs_first: bool,
     ):
         self._cuda, self._decoder, self._checker, self._chooser = cuda, decoder, checker, chooser
-        self._captures, self._read_once, self._runs_first = captures, read_once, runs_first
+        self._captures, self._read_once = captures, read_once
         self._graphs: dict[tuple, object] = {}
-        self._ran: set[tuple] = set()  # those to capture when they come again
         self._events = [cuda.event() for _ in range(2)]
         self._turn = self.captured = 0
         self._under_way: deque[tuple[object, np.ndarray]] = deque()
@@ -155,7 +152,7 @@ class DecodeLoop:
         """Drops the graphs: memory that they use has moved."""
         if self._graphs:
             self._cuda.drop_graphs()
-        self._graphs, self._ran = {}, set()
+        self._graphs = {}
 
     def close(self) -> None:
         """Lets go of the contexts, once the session's CUDA has destroyed the graphs."""
@@ -170,8 +167,7 @@ class DecodeLoop:
         if len(self._under_way) == len(self._events):
             raise ValueError("two steps are under way: ask for the tokens of the first")
         contexts = partial(self._decoder, slots, bucket, sampled)
-        after = partial(state.advance, slots, sampled)
-        self._launch(("step", slots, bucket, sampled), contexts, self._runs_first, after)
+        self._launch(("step", slots, bucket, sampled), contexts, partial(state.advance, slots, sampled))
         tokens, event = state.fetch(self._turn, slots), self._events[self._turn % 2]
         self._cuda.record(event)
         self._under_way.append((event, tokens))
@@ -186,55 +182,34 @@ class DecodeLoop:
     def check(self, slots: int, rows: int, bucket: int, sampled: bool | None) -> None:
         """As ``start``, one step of ``rows`` rows of each slot, which ends with the logits of all (``sampled`` None) or with
         the token behind each; inputs and outputs are where ``checker`` and ``chooser`` bound them."""
-        self._launch(("check", slots, rows, bucket), partial(self._checker, slots, rows, bucket), True)
+        self._launch(("check", slots, rows, bucket), partial(self._checker, slots, rows, bucket))
         if sampled is not None:
             count = slots * rows
-            self._launch(("choose", count, sampled), partial(self._chooser, count, sampled), False)
+            self._launch(("choose", count, sampled), partial(self._chooser, count, sampled))
 
     def logits(self, slots: int, bucket: int) -> None:
         """As ``start``, one step that ends with its logits."""
-        self._launch(("step", slots, bucket, None), partial(self._decoder, slots, bucket, None), self._runs_first)
+        self._launch(("step", slots, bucket, None), partial(self._decoder, slots, bucket, None))
 
-    def _launch(
-        self,
-        key: tuple,
-        contexts: Callable[[], Contexts],
-        runs_first: bool,
-        after: Callable[[], None] | None = None,
-    ) -> None:
-        """``runs_first``: what comes once is run as it is, and captured behind its run when it comes again. ``after`` moves
-        on what is in the memory that a run reads: without, running it twice is running it once."""
-        if key in self._graphs:
-            self._cuda.launch(self._graphs[key])
-            return
-        contexts()
-        found = contexts()  # to make the second ready may move the activations that the first was told of
+    def _launch(self, key: tuple, contexts: Callable[[], Contexts], after: Callable[[], None] = lambda: None) -> None:
+        """What ``contexts`` compute and what ``after`` puts on the stream behind them, from the graph of ``key``."""
+        if key not in self._graphs:
+            contexts()
+            found = contexts()  # to make the second ready may move the activations that the first was told of
 
-        def step() -> None:
-            for context in found:
-                context.run()
-            if after:
+            def step() -> None:
+                for context in found:
+                    context.run()
                 after()
 
-        def capture() -> None:
-            self._graphs[key] = self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
-            self.captured += 1
-
-        if not self._captures:
-            step()
-            return
-        runs = runs_first
-        if not runs:
-            try:
-                capture()
-            except RuntimeError:  # what TensorRT sets up in a run it cannot set up in a capture
-                runs = True
-        if runs:
-            step()
-            if runs_first and key not in self._ran:
-                self._ran.add(key)
+            if not self._captures:
+                step()
                 return
-            capture()
-            if after:
-                return  # the next token launches it; what waits for longer slows the others (see Cuda.capture)
+            try:
+                graph = self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
+            except RuntimeError:  # what TensorRT cannot set up while it is captured it sets up in a run
+                step()
+                return
+            self._graphs[key] = graph
+            self.captured += 1
         self._cuda.launch(self._graphs[key])

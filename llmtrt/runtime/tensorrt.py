@@ -136,8 +136,7 @@ class TrtSession:
             self._free_at_start = self._cuda.free_bytes()
             self._load(engine, package, budget, gpu, kernel_folder, trust_host_code, verify)
             steps = self._contexts_of_step, self._context_of_check, self._context_of_choice
-            # Only of weights that stay has it been seen that TensorRT needs no run before a capture.
-            self._loop = DecodeLoop(self._cuda, *steps, cuda_graphs, self._read_once, engine.streams)
+            self._loop = DecodeLoop(self._cuda, *steps, cuda_graphs, self._read_once)
         except BaseException:
             self.close()
             raise
