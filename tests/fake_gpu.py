@@ -137,7 +137,7 @@ class FakeCuda(types.ModuleType):
 
     def take(self, size, on_device=True):
         """An allocation's address; None where there is no room."""
-        assert not self.capturing, "no memory can be allocated while a stream is being captured"
+        assert not self.capturing, "the session takes no memory while it captures"
         if on_device and self.used() + size > self.total:
             return None
         # Not zero: whoever needs zeros asks for them.

@@ -171,7 +171,7 @@ def test_every_kernel_specialization_gives_the_same_tokens(made, sessions, strat
 @pytest.mark.parametrize("strategy", ["LAZY", "EAGER", "NONE"])
 @pytest.mark.parametrize("name", ["stories-int4", "smollm2-int4"])
 def test_graphs_of_one_context_do_not_disturb_each_other(made, name, strategy):
-    """Shapes that take turns, captured and not; specialized kernels may be others by the time of a capture."""
+    """Shapes that take turns, captured and not; specialized kernels may be others than those of a step that was not."""
     package, engine = made(name)
     if not choose(need="run").can("kernel_specialization"):
         pytest.skip("this flavor has no kernel specialization")

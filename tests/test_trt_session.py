@@ -647,16 +647,21 @@ def test_a_step_that_cannot_be_captured_at_first_runs_once_before(engine, machin
 
     def needs_a_first_run(context):
         if cuda.capturing and context not in ready:
-            raise RuntimeError("TensorRT could not run a step: allocates while the stream is being captured")
-        ready.add(context)
+            raise RuntimeError("TensorRT could not run a step: waits for a stream that is being captured")
+        ready.update([context] if learns else [])
         run(context)
 
+    learns = True
     monkeypatch.setattr(Context, "run", needs_a_first_run)
     asked = [SamplingParams(max_tokens=6, ignore_eos=True)]
     assert tokens(session, PROMPTS[:1], asked) == tokens(reference, PROMPTS[:1], asked)
     assert cuda.calls["cudaGraphLaunch"] == 4 and len(trt.runs_of(PLAN)) == 5
     session.close()
-    assert not cuda.live
+    assert not cuda.live and not cuda.graphs
+    learns = False
+    ready.clear()
+    with pytest.raises(RuntimeError, match="waits for a stream that is being captured"):
+        tokens(TrtSession(engine), PROMPTS[:1], asked)
 
 
 def test_nothing_is_launched_past_the_last_token(engine, machine, reference):

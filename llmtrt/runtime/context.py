@@ -139,6 +139,7 @@ class Context:
 
     def run(self) -> None:
         """Puts one execution on the stream (enqueueV3). Raises UserError where the GPU's memory does not suffice."""
+        self._logger.clear()
         if not self._context.execute_async_v3(self._cuda.stream):
             reason = self._logger.reason()
             if OUT_OF_MEMORY in reason:

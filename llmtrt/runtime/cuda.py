@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -107,7 +108,8 @@ class Cuda:
         try:
             work()
         except BaseException:
-            self._rt.cudaStreamEndCapture(self._stream)
+            with suppress(RuntimeError):  # of what is raised already
+                self._call("cudaGraphDestroy", self._call("cudaStreamEndCapture", self._stream))
             raise
         graph = self._call("cudaStreamEndCapture", self._stream)
         try:

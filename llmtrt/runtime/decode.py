@@ -144,6 +144,7 @@ class DecodeLoop:
         self._cuda, self._decoder, self._checker, self._chooser = cuda, decoder, checker, chooser
         self._captures, self._read_once = captures, read_once
         self._graphs: dict[tuple, object] = {}
+        self._ran: set[tuple] = set()  # those that could not be captured before
         self._events = [cuda.event() for _ in range(2)]
         self._turn = self.captured = 0
         self._under_way: deque[tuple[object, np.ndarray]] = deque()
@@ -152,7 +153,7 @@ class DecodeLoop:
         """Drops the graphs: memory that they use has moved."""
         if self._graphs:
             self._cuda.drop_graphs()
-        self._graphs = {}
+        self._graphs, self._ran = {}, set()
 
     def close(self) -> None:
         """Lets go of the contexts, once the session's CUDA has destroyed the graphs."""
@@ -208,6 +209,9 @@ class DecodeLoop:
             try:
                 graph = self._cuda.capture(step, lambda graph: mark(graph, *self._read_once()))
             except RuntimeError:  # what TensorRT cannot set up while it is captured it sets up in a run
+                if key in self._ran:
+                    raise
+                self._ran.add(key)
                 step()
                 return
             self._graphs[key] = graph

@@ -182,7 +182,6 @@ class TrtSession:
         # Everything below is on one stream: the copies run before the step that reads them, so nobody waits in between.
         # The pinned array may be written again only after the copies from it have run, which the wait for the logits at
         # the end assures. A caller that did not wait would need TensorRT's set_input_consumed_event, or a second array.
-        self._logger.clear()
         if rows == wanted == 1 and first == 0:
             self._state.feed(input_ids, positions)
             self._loop.logits(batch, self._bucket(last + 1))
@@ -234,7 +233,6 @@ class TrtSession:
         self._upload(input_ids, positions, np.broadcast_to(np.arange(rows), (batch, rows)))
         if sampled:
             self._rows.draw(samplers, rows)
-        self._logger.clear()
         self._loop.check(batch, rows, self._bucket(last + 1), sampled)
 
     def _fetch_tokens(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -278,7 +276,6 @@ class TrtSession:
         reserved, room = self._reserved
         if slots > reserved or length > room:
             raise ValueError(f"a step of {slots} slots up to row {length} is more than what was reserved")
-        self._logger.clear()
         self._loop.start(self._state, slots, self._bucket(length), not greedy)
 
     def tokens(self) -> np.ndarray:
