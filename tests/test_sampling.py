@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from llmtrt.errors import UserError
+from llmtrt.runtime import sampling
 from llmtrt.runtime.params import SamplingParams
 from llmtrt.runtime.sampling import Sampler, distribution, penalized, token_logprob
 
@@ -105,8 +106,10 @@ def test_seeds():
     assert run(None) != run(None)
 
 
+@pytest.mark.parametrize("ahead", [1, 30, 256])
 @pytest.mark.parametrize("seed", [0, 7, (1 << 64) - 1])
-def test_noise_is_one_stream_a_seed(seed):
+def test_noise_is_one_stream_a_seed(monkeypatch, seed, ahead):
+    monkeypatch.setattr(sampling, "_AHEAD", ahead)
     stream = np.random.Generator(np.random.Philox(key=seed)).random(40).astype(np.float32)
     sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), 8, np.array([0]))
     for step in range(12):

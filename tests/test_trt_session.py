@@ -38,7 +38,7 @@ from llmtrt.runtime.params import SamplingParams
 from llmtrt.runtime.request import Request
 from llmtrt.runtime.sampling import Sampler
 from llmtrt.runtime.scheduler import Scheduler
-from llmtrt.runtime.session import DeviceSession
+from llmtrt.runtime.session import Decoding, DeviceSession
 from llmtrt.runtime.speculation import Draft, Speculation
 from llmtrt.runtime.streaming import WeightBudget
 from llmtrt.runtime.tensorrt import TrtSession
@@ -922,6 +922,37 @@ def test_the_token_that_is_drawn_of_every_row(engine, machine, reference, graphs
     assert (session.drawn(ids, positions, samplers[:2]) == -1).all()
     session.close()
     assert not cuda.live
+
+
+def test_a_slot_is_told_only_what_is_new(engine, machine, reference):
+    """Where it goes on, and not again how its tokens are chosen; noise where more are wanted than there was for."""
+    cuda, _ = machine()
+    session, params, prompt = TrtSession(engine), SamplingParams(temperature=1.3, seed=8), np.array([5, 9, 40])
+    one, told, texts = np.zeros((1, 1), np.int64), [], []
+    for each in (session, reference):
+        sampler = Sampler(params, 97, prompt)
+        each.reserve(1, 40)
+        logits = each.step(prompt[None], np.arange(3)[None], one + 2)
+        text = [*prompt, sampler.choose(logits[0, 0])[0]]
+        for count, left in ((3, 12), (2, 9), (4, 7), (3, 3), (2, 2), (4, 8)):
+            place = len(text) - 1
+            if each is session:
+                if left == 2:
+                    session.park(0, place)
+                before = cuda.calls["cudaMemcpyAsync"]
+                session.admit(0, Decoding(text[-1], place, left, params, sampler))
+                told.append(cuda.calls["cudaMemcpyAsync"] - before)
+            for step in range(count):
+                if each is session:
+                    session.decode(1, place + step + 1, greedy=False)
+                    text.append(int(session.tokens()[0]))
+                    sampler.take(text[-1])
+                else:
+                    text.append(sampler.choose(each.step(np.array([text[-1:]]), one + place + step, one)[0, 0])[0])
+        texts.append(text)
+    assert texts[0] == texts[1]
+    assert told == [11, 3, 3, 3, 11, 11]
+    session.close()
 
 
 @pytest.mark.parametrize("graphs", [True, False])

@@ -21,6 +21,7 @@ _NOW = ("input_ids", "positions", "steps")
 _NEXT = ("next_ids", "next_positions", "next_steps")
 _FIXED = ("logits_index", "last_rows", "tokens")
 _PARAMS = ("temperature", "repetition_penalty", "top_k", "top_p", "min_p")  # fp32 [slots] each
+_NOBODYS = SamplingParams()
 Contexts = tuple[Context, ...]  # of one step: the model's, and the sampler's where it chooses
 
 
@@ -35,7 +36,8 @@ class DecodeState:
         sizes |= {"noise": 4 * slots * capacity, "seen": slots * vocab_size, "next_seen": slots * vocab_size}
         total = sum(map(aligned, sizes.values()))
         self._tokens, self._block = [], 0
-        self._drawn_with = np.empty(0, np.float32)  # the parameters of the latest ``draw``, as they lie there
+        self._drawn_with: tuple[list[SamplingParams], int] | None = None  # what lies there of the latest ``draw``
+        self._admitted: dict[int, tuple[Sampler, range]] = {}  # by slot: whose noise lies there, and of which steps
         try:
             for _ in range(2):
                 self._tokens.append(cuda.pinned(slots, np.int64))
@@ -65,33 +67,38 @@ class DecodeState:
         self._put("logits_index", np.zeros(len(input_ids), np.int64))
 
     def admit(self, index: int, decoding: Decoding) -> None:
-        """The inputs of slot ``index`` for its first step, and all that the sampler has to know of it."""
-        self._place(index, decoding.token, decoding.position, self._capacity - 1)
+        """The inputs of slot ``index`` for its next step, and all that the sampler does not know of it yet."""
         params, sampler = decoding.params, decoding.sampler
-        self._put("steps", np.zeros(1, np.int64), index)
-        for name in _PARAMS:
-            self._put(name, np.array([getattr(params, name)], np.float32), index)
-        if not params.greedy:
-            self._put("noise", sampler.noise(min(decoding.steps, self._capacity)), index * self._capacity)
+        known, steps = self._admitted.get(index, (None, range(0)))
+        if known is not sampler or sampler.step + decoding.steps > steps.stop:
+            steps = range(sampler.step, sampler.step + min(decoding.steps, self._capacity))
+            self._admitted.pop(index, None)
+            self._place(index, last_rows=self._capacity - 1, logits_index=0)
+            for name in _PARAMS:
+                self._put(name, np.array([getattr(params, name)], np.float32), index)
+            if not params.greedy:
+                self._put("noise", sampler.noise(len(steps)), index * self._capacity)
+            self._admitted[index] = sampler, steps
+        self._place(index, input_ids=decoding.token, positions=decoding.position, steps=sampler.step - steps.start)
         if sampler.seen is not None:
             self._put("seen", sampler.seen, index * self._vocab_size)
 
     def draw(self, samplers: Sequence[Sampler | None], rows: int) -> None:
         """All that the sampler has to know of ``rows`` rows of each sequence, a slot each with noise for one step: row i is
         chosen with that of the sequence's step i from now. Nobody is admitted to these slots."""
-        each = [SamplingParams() if sampler is None else sampler.params for sampler in samplers]
-        values = np.array([[getattr(params, name) for params in each] for name in _PARAMS], np.float32).repeat(rows, 1)
-        if not np.array_equal(values, self._drawn_with):
-            self._drawn_with = np.empty(0, np.float32)
-            for name, of_rows in zip(_PARAMS, values):
-                self._put(name, of_rows)
-            self._drawn_with = values
+        each = [_NOBODYS if sampler is None else sampler.params for sampler in samplers]
+        if self._drawn_with != (each, rows):
+            self._drawn_with = None
+            for name in _PARAMS:
+                self._put(name, np.array([getattr(params, name) for params in each], np.float32).repeat(rows))
+            self._drawn_with = each, rows
         noise = [np.zeros(rows, np.float32) if sampler is None else sampler.noise(rows) for sampler in samplers]
         self._put("noise", np.concatenate(noise))
 
     def park(self, index: int, position: int) -> None:
         """Keeps slot ``index`` at ``position``."""
-        self._place(index, 0, position, position)
+        self._admitted.pop(index, None)
+        self._place(index, input_ids=0, positions=position, last_rows=position, logits_index=0)
 
     def advance(self, batch: int, sampled: bool) -> None:
         """Makes the sampler's outputs the next step's inputs; the last of a captured step."""
@@ -107,8 +114,7 @@ class DecodeState:
         self._cuda.download(tokens, self._places["tokens"].address)
         return tokens
 
-    def _place(self, index: int, token: int, position: int, last_row: int) -> None:
-        values = {"input_ids": token, "positions": position, "last_rows": last_row, "logits_index": 0}
+    def _place(self, index: int, **values: int) -> None:
         for name, value in values.items():
             self._put(name, np.array([value], np.int64), index)
 

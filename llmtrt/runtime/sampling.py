@@ -14,6 +14,7 @@ NOT_NUMBERS = (
 )
 
 _DRAWS = 4  # numbers of fp64 that Philox makes of one value of its counter
+_AHEAD = 256  # steps that noise is drawn for at a time, which costs the same as for one
 _MOST_NOISE = np.nextafter(np.float32(1), np.float32(0))
 _GROUP = 64  # logits of which a top-k search looks at the largest first
 
@@ -39,6 +40,7 @@ class Sampler:
         self.params = params
         self._step = 0
         self._seed = secrets.randbits(64) if params.seed is None else int(params.seed)
+        self._drawn, self._drawn_from = np.empty(0, np.float32), 0  # noise, and of which step the first is
         self._seen = None
         if params.repetition_penalty != 1:
             self._seen = np.zeros(vocab_size, bool)
@@ -64,16 +66,25 @@ class Sampler:
         return token, None if params.logprobs is None else token_logprob(logits, token, params.logprobs)
 
     @property
+    def step(self) -> int:
+        """How many tokens were chosen."""
+        return self._step
+
+    @property
     def seen(self) -> np.ndarray | None:
         """bool [V]: the tokens of the prompt and those chosen; None where no penalty asks for them. Not to be written."""
         return self._seen
 
     def noise(self, count: int) -> np.ndarray:
-        """fp32 [count] in [0, 1): the noise of the next ``count`` steps, which stay to be taken."""
-        bits = np.random.Philox(key=self._seed)
-        bits.advance(self._step // _DRAWS)
-        drawn = np.random.Generator(bits).random(self._step % _DRAWS + count)[self._step % _DRAWS :]
-        return np.minimum(drawn.astype(np.float32), _MOST_NOISE)
+        """fp32 [count] in [0, 1): the noise of the next ``count`` steps, which stay to be taken. Not to be written."""
+        place = self._step - self._drawn_from
+        if place + count > len(self._drawn):
+            bits, place = np.random.Philox(key=self._seed), self._step % _DRAWS
+            bits.advance(self._step // _DRAWS)
+            drawn = np.random.Generator(bits).random(place + max(count, _AHEAD))
+            self._drawn = np.minimum(drawn.astype(np.float32), _MOST_NOISE)
+            self._drawn_from = self._step - place
+        return self._drawn[place : place + count]
 
     def take(self, token: int) -> None:
         """The next token is ``token``, chosen elsewhere; UserError where it is negative, the word of the sampler's graph
