@@ -144,6 +144,7 @@ def test_a_hub_id_gets_the_command_that_downloads_it(tmp_path, capsys):
     ("arguments", "said"),
     [
         (["-p", ""], "the prompt is empty"),
+        (["-p", "caf\udce9"], "the text is not valid Unicode"),
         (["-p", "Once upon a time " * 200], "and the context of 512 has room for 511"),
         (["-p", "Once", "--max-tokens", "0"], "max_tokens"),
         (["-p", "Once", "--temperature", "-1"], "temperature"),

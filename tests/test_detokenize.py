@@ -15,6 +15,7 @@ TEXTS = [
     "😀👨‍👩‍👧🏳️‍🌈 emoji at the start and the end 😀",
     "日本語と中文，한국어 ﷽ ཨོཾ་མ་ཎི་པདྨེ་ཧཱུྃ",
     "a \ufffd b \ufffd\ufffd",
+    "\ufffd\ufffd\ufffd日本語日本語日本語 end 日",
     "مرحبا بالعالم",
     "🤷🏽‍♀️",
 ]

@@ -213,7 +213,8 @@ def test_defaults_are_those_of_transformers():
         ("temperature", "hot"),
         ("temperature", float("inf")), ("top_k", -1), ("top_k", True), ("top_p", 0), ("top_p", 1.1),
         ("min_p", -1), ("min_p", 2),
-        ("repetition_penalty", 0), ("seed", -1), ("seed", 1 << 64), ("stop", [""]), ("stop", [3]), ("stop", 3),
+        ("repetition_penalty", 0), ("repetition_penalty", 1e-40), ("temperature", 1e39),
+        ("seed", -1), ("seed", 1 << 64), ("stop", [""]), ("stop", [3]), ("stop", 3),
         ("stop_token_ids", ["a"]), ("stop_token_ids", [-1]), ("logprobs", -1), ("logprobs", 5000), ("ignore_eos", 1),
     ],
 )  # fmt: skip

@@ -213,6 +213,22 @@ def test_one_of_many_is_cancelled(tmp_path, index, after):
         stream.cancel(5)
 
 
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize("after, left", [(1, 3), (3, 1)])
+def test_no_token_comes_behind_a_cancel(tmp_path, logprobs, after, left):
+    """Not one of the step whose other tokens have come, even if it was the last one."""
+    params = SamplingParams(max_tokens=after + left, ignore_eos=True, logprobs=logprobs)
+    stream, tokens = make(tmp_path, max_batch=2).generate_stream(prompts_of([3, 3]), params), 0
+    for piece in stream:
+        tokens += piece.index == 0
+        if tokens == after + 1:
+            stream.cancel(1)
+            break
+    rest = [piece for piece in stream if piece.index == 1]
+    assert [piece.token_id for piece in rest] == [None] and rest[0].completion.finish_reason == "cancelled"
+    assert len(rest[0].completion.token_ids) == after
+
+
 def test_a_closed_stream_has_no_more(llm):
     stream = llm.generate_stream(prompts_of([3, 5]), SamplingParams(max_tokens=9, ignore_eos=True))
     next(stream)

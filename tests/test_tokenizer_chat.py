@@ -85,6 +85,12 @@ def test_encode_and_decode_are_those_of_transformers(sample):
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud83d"])
+def test_what_is_no_unicode_is_refused(text):
+    with pytest.raises(UserError, match="the text is not valid Unicode at '.ud"):
+        Tokenizer(samples.stories260k(), bos_token_id=1).encode(text)
+
+
 def test_bos_once():
     tokenizer = Tokenizer(samples.stories260k(), bos_token_id=1)
     once = tokenizer.encode("Once")

@@ -31,7 +31,7 @@ class Detokenizer:
             for shift in _SHIFTS
             if half <= len(tail)
         ]
-        self._settle(*min(windows, key=lambda window: self._text_of(window[0]).count(_REPLACEMENT)))
+        self._settle(*min(windows, key=lambda window: self._broken(window[0])))
         self._shown = self._text()  # the prompt's own
 
     def _settle(self, context: list[int], pending: Sequence[int] = ()) -> None:
@@ -51,7 +51,10 @@ class Detokenizer:
         held = _unfinished(text) if len(self._pending) < _MOST_PENDING else 0
         piece = text[len(self._shown) : len(text) - held]
         if piece and not held:
-            self._settle(self._pending[-_CONTEXT_TOKENS:])
+            windows = [self._pending[-_CONTEXT_TOKENS - shift :] for shift in _SHIFTS]
+            self._settle(windows[0])
+            if _REPLACEMENT in self._before:  # cut through a character, or the text's own
+                self._settle(min(windows, key=self._broken))
         else:
             self._shown += piece
         return piece
@@ -68,6 +71,9 @@ class Detokenizer:
         if text.startswith(self._before):
             return text[len(self._before) :]
         return self._text_of(self._pending)  # byte fallback: half a character turns the whole ones before it to U+FFFD
+
+    def _broken(self, tokens: list[int]) -> int:
+        return self._text_of(tokens).count(_REPLACEMENT)
 
     def _text_of(self, tokens: list[int]) -> str:
         return self._decode(tokens) if tokens else ""

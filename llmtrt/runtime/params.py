@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from llmtrt.errors import UserError
 
 MAX_LOGPROBS = 1024
+_LARGEST = 1e38  # of fp32, which the device has them in
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class SamplingParams:
     ``top_p``: keeps the smallest set of most likely tokens whose probability reaches it, at least one; 1 keeps all.
     ``min_p``: keeps tokens at least ``min_p`` times as probable as the most likely one; 0 keeps all.
     ``repetition_penalty``: logits of tokens in the prompt or generated so far are divided by it if positive and
-    multiplied by it if negative (Keskar et al. 2019, arXiv:1909.05858); greedy choice sees it too; 1 is none.
+    multiplied by it if negative (Keskar et al. 2019, arXiv:1909.05858); greedy choice sees it too; 1 is none, 0.001
+    the least.
     ``seed``: equal seeds give equal tokens, alone and in any batch, where the runtime's logits are equal; None: a
     random one.
     ``stop``: strings that end the request; they are not part of the text.
@@ -59,7 +61,7 @@ class SamplingParams:
         _check_real("temperature", self.temperature, lambda value: value >= 0, "0 or more")
         _check_real("top_p", self.top_p, lambda value: 0 < value <= 1, "more than 0 and at most 1")
         _check_real("min_p", self.min_p, lambda value: 0 <= value <= 1, "between 0 and 1")
-        _check_real("repetition_penalty", self.repetition_penalty, lambda value: value > 0, "more than 0")
+        _check_real("repetition_penalty", self.repetition_penalty, lambda value: value >= 1e-3, "of at least 0.001")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise UserError(f"stop should hold non-empty strings, but holds {text!r}")
@@ -123,5 +125,5 @@ def check_integer(name: str, value: object, least: int, most: int | None = None,
 
 
 def _check_real(name: str, value: object, allowed, limits: str) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) < float("inf") or not allowed(value):
+    if not isinstance(value, Real) or isinstance(value, bool) or not abs(value) <= _LARGEST or not allowed(value):
         raise UserError(f"{name} should be a number {limits}, but is {value!r}")

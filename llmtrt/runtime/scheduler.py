@@ -261,7 +261,8 @@ class Scheduler:
             for slot in self._slots[:slots]:
                 self._device.stale(slot)
         for slot, draft, take in zip(decoding, drafts, takes):
-            yield from self._verified(slot, draft, take)
+            if not slot.request.cancelled:
+                yield from self._verified(slot, draft, take)
         self._stepped(len(decoding), behind=rows == 1)
 
     def _checked(

@@ -43,8 +43,16 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` adds what the tokenizer puts around a text, but no BOS to one that has it.
 
-        Special tokens that the text spells out, as a chat template does, become those tokens.
+        Special tokens that the text spells out, as a chat template does, become those tokens. Raises UserError where it is
+        no Unicode.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text is not valid Unicode at {text[error.start : error.end]!r}, as a command line is that is not in "
+                "UTF-8: give it in UTF-8"
+            ) from None
         ids = self._tokenizer.encode(text, add_special_tokens=special).ids
         twice = special and self._bos is not None and ids[:2] == [self._bos, self._bos]
         if twice and self._tokenizer.encode(text, add_special_tokens=False).ids[0] == self._bos:
