@@ -1,6 +1,7 @@
 """Files from outside are data, and files we write appear whole or not at all."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from llmtrt.errors import UserError
 CHUNK_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
 _UMASK = threading.Lock()
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
@@ -75,9 +77,12 @@ def _reporting_disk_errors(target: Path) -> Iterator[None]:
         name = os.path.abspath(error.filename or target)
         if not name.startswith(str(target.parent / f".{target.name}.partial-")) and not str(target).startswith(name):
             raise UserError(f"cannot read {name}: {error.strerror}") from error
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error} (free some space or choose another folder with -o)"
-        ) from error
+        said = error.strerror or str(error)
+        if error.errno in _NO_ROOM:
+            said += " (free some space or choose another folder)"
+        elif above := next((path for path in target.parents if path.is_file()), None):
+            said = f"{above} is a file, not a folder"
+        raise UserError(f"cannot write {target}: {said}") from error
 
 
 def _umask() -> int:

@@ -150,11 +150,16 @@ def test_a_hub_id_gets_the_command_that_downloads_it(tmp_path, capsys):
         (["-p", "Once", "--temperature", "-1"], "temperature"),
         (["-p", "Once", "--max-seq", "513"], "max_seq is 513"),
         (["-p", "Once", "--chat"], "chat template"),
+        (["-p", "Once", "--threads", "100000"], "threads should be an integer between 1 and 1024"),
         (["-p", "Once", "--runtime", "tensorrt"], "llmtrt build"),
     ],
 )
 def test_generate_refuses_a_bad_prompt(stories, capsys, arguments, said):
     assert said in refused(capsys, "generate", stories, *arguments)
+
+
+def test_a_chat_without_a_template_does_not_begin(stories, capsys):
+    assert "has no chat template: give the whole prompt as text" in refused(capsys, "chat", stories)
 
 
 def flip(path: Path) -> None:
@@ -339,6 +344,34 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(tmp_path):
     assert run.returncode == 2
     assert said == "llmtrt quantize: error: interrupted, nothing was left behind\n"
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_calibration_says_where_it_goes_on(tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "package.calibration"
+
+    def interrupted(*_):
+        kept.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmtrt.quantize", interrupted)
+    said = refused(capsys, "quantize", samples.stories260k(), "-o", tmp_path / "package")
+    assert said.endswith(f"interrupted, {kept} keeps what was done: run the same command again to go on\n")
+
+
+@pytest.mark.parametrize("below", ["package", "folder/package"])
+def test_a_file_where_a_folder_should_be_is_told(tmp_path, capsys, below):
+    file = tmp_path / "file"
+    file.write_text("")
+    said = refused(capsys, "quantize", samples.stories260k(), "-o", file / below)
+    assert said.endswith(f"cannot write {file / below}: {file} is a file, not a folder\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_mistake(stories, closed):
+    line = f'"$0" -c "from llmtrt.cli.main import script; script()" generate "$1" -p Once --max-tokens 2 {closed}'
+    run = subprocess.run(["bash", "-c", line, sys.executable, stories], capture_output=True, text=True)
+    assert run.returncode == 0 and "Traceback" not in run.stderr
+    assert bool(run.stdout) == (closed in ("<&-", "2>&-"))
 
 
 def test_what_a_program_reads_is_json(stories, tmp_path, capsys):

@@ -20,6 +20,7 @@ def run(options: argparse.Namespace) -> None:
     from llmtrt.errors import UserError
 
     with load(options) as llm:
+        llm.require_chat()
         params = sampling(llm, options)
         messages = [{"role": "system", "content": options.system}] if options.system else []
         print(f"{llm.runtime}, up to {llm.max_seq} tokens; an empty line ends the chat", file=sys.stderr)

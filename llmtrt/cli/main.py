@@ -32,8 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options) or 0
     except UserError as error:
         return _mistake(options.verb, str(error))
-    except KeyboardInterrupt:
-        return _mistake(options.verb, "interrupted" + (", nothing was left behind" if "output" in options else ""))
+    except KeyboardInterrupt as stop:
+        left = str(stop) or ("nothing was left behind" if "output" in options else "")
+        return _mistake(options.verb, "interrupted" + (f", {left}" if left else ""))
     except BrokenPipeError:
         # The reader of our output left, as `| head` does; Python would complain when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +58,9 @@ def _mistake(verb: str, sentence: str) -> int:
 
 def script() -> None:
     """The installed command."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as whoever starts a daemon may leave it
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process
     # A terminal that cannot show a character shows another; and a polite end cleans up as Ctrl-C does.
     sys.stdout.reconfigure(errors="replace")
     sys.stderr.reconfigure(errors="replace")

@@ -39,17 +39,24 @@ def run(options: argparse.Namespace) -> None:
     import json
 
     from llmtrt import progress, quantize
+    from llmtrt.quantization.pipeline import calibration_folder
 
-    with progress.shown("quantizing") as report:
-        made = quantize(
-            options.checkpoint,
-            options.output,
-            options.recipe,
-            options.max_seq,
-            options.ignore_field,
-            options.calibration,
-            report,
-        )
+    try:
+        with progress.shown("quantizing") as report:
+            made = quantize(
+                options.checkpoint,
+                options.output,
+                options.recipe,
+                options.max_seq,
+                options.ignore_field,
+                options.calibration,
+                report,
+            )
+    except KeyboardInterrupt:
+        work = calibration_folder(options.output)
+        if work.is_dir():
+            raise KeyboardInterrupt(f"{work} keeps what was done: run the same command again to go on") from None
+        raise
     if options.json:
         print(json.dumps({"package": options.output} | made.report))
         return

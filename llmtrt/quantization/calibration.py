@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -63,7 +64,6 @@ def solve(
         raise UserError(
             f"calibration_length is {recipe.calibration_length}, but the model takes {decoder.max_seq} tokens: lower it"
         )
-    work.mkdir(parents=True, exist_ok=True)
     ids, said = _tokens(source, recipe, calibration, work, make_rounded, report)
     kept = {name for name, info in infos.items() if info.dtype == "int4" or recipe.excluding(name)}
     forms = None if recipe.bits is None else _forms(source, decoder, recipe, kept, ids, work, report)
@@ -120,9 +120,12 @@ def _tokens(
         path = Path(calibration)
         if not path.is_file():
             raise UserError(f"--calibration {calibration} is neither self nor a file: give a text or a .jsonl of chats")
-        source.write_tokenizer(work)
-        ids = read_sequences(path, Tokenizer(work), sequences, length)
+        with TemporaryDirectory() as folder:
+            source.write_tokenizer(Path(folder))
+            ids = read_sequences(path, Tokenizer(Path(folder)), sequences, length)
+        work.mkdir(parents=True, exist_ok=True)
         return ids, {"text": path.name, "sha256": files.digest_file(path)["sha256"]}
+    work.mkdir(parents=True, exist_ok=True)
     key = json.dumps([source.digest(), recipe.to_json()])
     if (work / _TOKENS).is_file():
         with np.load(work / _TOKENS, allow_pickle=False) as content:

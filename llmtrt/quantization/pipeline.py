@@ -29,6 +29,11 @@ class Quantized:
     report: dict
 
 
+def calibration_folder(output: str | Path) -> Path:
+    """Where what a calibration has done is kept until the package ``output`` is there."""
+    return Path(f"{output}.calibration")
+
+
 def quantize(
     checkpoint: str | Path,
     output: str | Path,
@@ -45,7 +50,7 @@ def quantize(
     a text, a .jsonl of chats, or "self" (what the model writes, rounded to nearest). The same inputs give the same bytes on
     one machine. Peak memory is that of the largest tensor or, with calibration, layer, whatever the number of layers.
 
-    Raises UserError, with nothing left behind but, where calibration had begun, the folder ``output``.calibration: the same
+    Raises UserError, with nothing left behind but, where calibration had begun, ``calibration_folder(output)``: the same
     call goes on from there, and removes it at its end.
     """
     import onnx_ir as ir
@@ -63,7 +68,7 @@ def quantize(
     decoder = decoder_of(source.config, str(source.path), max_seq, ignore_fields)
     spec, generation = _spec(source, decoder, recipe), _generation(source)
     total = len(source.tensors())
-    work, found = Path(f"{output}.calibration"), None
+    work, found = calibration_folder(output), None
     if recipe.calibrates:
         from llmtrt.quantization.calibration import solve
 

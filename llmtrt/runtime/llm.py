@@ -177,6 +177,10 @@ class LLM:
         text = self._with_tokenizer().render_chat(messages, **variables)
         return self._start([self.encode(text, special=False)], params, called, continues=False)
 
+    def require_chat(self) -> None:
+        """Raises UserError where no ``chat`` is possible: without tokenizer or chat template."""
+        self._with_tokenizer().chat_template  # noqa: B018 - read from its file here
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of ``text``; ``special`` adds BOS where the model's tokenizer does, never a second one."""
         return self._with_tokenizer().encode(text, special)
@@ -289,7 +293,10 @@ class LLM:
 
     def _with_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise UserError(f"{self._folder} has no {TOKENIZER}: give prompts as lists of token ids")
+            raise UserError(
+                f"{self._folder} has no {TOKENIZER}: make the package of a checkpoint that has one, or give prompts as "
+                "lists of token ids in Python"
+            )
         return self.tokenizer
 
     def _checked(self, prompt: Prompt, most: int) -> np.ndarray:

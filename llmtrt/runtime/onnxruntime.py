@@ -12,6 +12,7 @@ from llmtrt.runtime.memory import available_bytes, require
 from llmtrt.runtime.params import check_integer
 
 MINIMUM_VERSION = (1, 24)  # the first that knows opset 24
+_MOST_THREADS = 1024  # each takes memory, and ONNX Runtime asks nobody whether there are cores for them
 CHUNK = 256  # on SmolLM2 128 and 256 were the fastest of 16 to 512 rows
 _RANGE_STEP = 16  # tokens; coarser costs up to 10 % at short contexts, finer makes more shapes for no gain
 _TYPES = {"float16": "tensor(float16)", "float32": "tensor(float)"}
@@ -41,7 +42,7 @@ class OrtSession:
         ort = require_runnable(package)
         spec = package.spec
         check_integer("accuracy_level", accuracy_level, 0, 4)
-        check_integer("threads", threads, 1, optional=True)
+        check_integer("threads", threads, 1, _MOST_THREADS, optional=True)
         check_integer("chunk", chunk, 1)
         self.spec = spec
         self.chunk = int(chunk)

@@ -68,10 +68,11 @@ class Tokenizer:
 
         Encode it with ``special=False``: the template writes BOS itself. Raises UserError as ``ChatTemplate.render``.
         """
-        return self._chat.render(messages, **variables)
+        return self.chat_template.render(messages, **variables)
 
     @cached_property
-    def _chat(self) -> ChatTemplate:
+    def chat_template(self) -> ChatTemplate:
+        """The model's own; UserError where it has none, and where it is none."""
         config = files.read_json(path) if (path := self.folder / TOKENIZER_CONFIG).is_file() else {}
         template = self.folder / CHAT_TEMPLATE
         try:
@@ -83,7 +84,9 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {template} ({error})") from None
         if source is None:
-            raise UserError(f"{self.folder} has no chat template: give the whole prompt as text instead of messages")
+            raise UserError(
+                f"{self.folder} has no chat template: give the whole prompt as text (`llmtrt generate -p`), not messages"
+            )
         return ChatTemplate(source, _special_tokens(config), template if template.is_file() else path)
 
 
