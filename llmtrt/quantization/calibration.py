@@ -65,6 +65,7 @@ def solve(
             f"calibration_length is {recipe.calibration_length}, but the model takes {decoder.max_seq} tokens: lower it"
         )
     ids, said = _tokens(source, recipe, calibration, work, make_rounded, report)
+    work.mkdir(parents=True, exist_ok=True)  # fails, where it does, before hours of layers
     kept = {name for name, info in infos.items() if info.dtype == "int4" or recipe.excluding(name)}
     forms = None if recipe.bits is None else _forms(source, decoder, recipe, kept, ids, work, report)
 
@@ -123,9 +124,7 @@ def _tokens(
         with TemporaryDirectory() as folder:
             source.write_tokenizer(Path(folder))
             ids = read_sequences(path, Tokenizer(Path(folder)), sequences, length)
-        work.mkdir(parents=True, exist_ok=True)
         return ids, {"text": path.name, "sha256": files.digest_file(path)["sha256"]}
-    work.mkdir(parents=True, exist_ok=True)
     key = json.dumps([source.digest(), recipe.to_json()])
     if (work / _TOKENS).is_file():
         with np.load(work / _TOKENS, allow_pickle=False) as content:

@@ -51,9 +51,10 @@ class Detokenizer:
         held = _unfinished(text) if len(self._pending) < _MOST_PENDING else 0
         piece = text[len(self._shown) : len(text) - held]
         if piece and not held:
-            windows = [self._pending[-_CONTEXT_TOKENS - shift :] for shift in _SHIFTS]
-            self._settle(windows[0])
+            pending = self._pending
+            self._settle(pending[-_CONTEXT_TOKENS:])
             if _REPLACEMENT in self._before:  # cut through a character, or the text's own
+                windows = [pending[-_CONTEXT_TOKENS - shift :] for shift in _SHIFTS]
                 self._settle(min(windows, key=self._broken))
         else:
             self._shown += piece

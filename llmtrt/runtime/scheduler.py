@@ -261,8 +261,7 @@ class Scheduler:
             for slot in self._slots[:slots]:
                 self._device.stale(slot)
         for slot, draft, take in zip(decoding, drafts, takes):
-            if not slot.request.cancelled:
-                yield from self._verified(slot, draft, take)
+            yield from self._verified(slot, draft, take)
         self._stepped(len(decoding), behind=rows == 1)
 
     def _checked(
@@ -297,14 +296,14 @@ class Scheduler:
         """``take(row)`` gives the request the token that follows a row of the step."""
         accepted = 0
         for row in range(1 + len(draft.tokens)):
+            if slot.request.cancelled:
+                return
             piece = self._took(slot, take(row))
             is_right = row < len(draft.tokens) and piece.token_id == draft.tokens[row]
             accepted += is_right
             if not is_right or piece.completion is not None:
                 break
             yield piece
-            if slot.request.cancelled:
-                return
         if draft.tokens:
             self.speculation.verified(draft, accepted)
         yield piece
