@@ -7,7 +7,7 @@ from llmtrt.graph.lowerings.weight_inputs import packable_bytes
 from llmtrt.graph.structure import load_graph
 from llmtrt.package import Package
 
-# Flavors and compute capabilities: 1.5 and 1.7 × the tokens/s of one sequence (benchmarks/gpu-decode-1b.json,
+# Flavors and compute capabilities: 1.7 and 1.9 × the tokens/s of one sequence (benchmarks/gpu-decode-1b.json,
 # gpu-decode-8b.json). Steps of 2 to 64 rows are slower (gpu-projections-4096.json), so it is not for engines of several.
 _FASTER_AS_INPUTS = {("rtx", "9.0")}
 _SMALLEST = 1 << 28  # bytes of INT4: of 53 MB a token is 3 % faster, for a build of 5 × the time (gpu-places.json)
